@@ -1,0 +1,59 @@
+"""Shape the legs that decode engines run: with a handoff, whole, or only to release a handoff."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kv_transfer.handoff import KV_PARAMS, Handoff
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+
+def decode_leg(request: EngineCoreRequest, leg_id: str, handoff: Handoff | None) -> EngineCoreRequest:
+    """The request that a decode engine runs: pulling the blocks of `handoff`, or reading the prompt itself."""
+    params = request.sampling_params
+    if handoff is not None and params is not None:
+        params = _with_extra_arg(params, KV_PARAMS, dict(handoff.params))
+    return msgspec.structs.replace(request, request_id=leg_id, sampling_params=params)
+
+
+def release_leg(handoff: Handoff, leg_id: str) -> EngineCoreRequest:
+    """A request that ends before it begins, whose only effect is that the prefill engine frees the blocks.
+
+    It is vLLM's own path for a handoff that is refused (`notify_kv_transfer_request_rejected`).
+    """
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    return EngineCoreRequest(
+        request_id=leg_id,
+        prompt_token_ids=[0],
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=1, extra_args={KV_PARAMS: dict(handoff.params)}, watermarking=False),
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        abort_immediately=True,
+    )
+
+
+def without_kv_params(params: SamplingParams) -> SamplingParams:
+    """`params` without KV transfer parameters: a client's own could name a host, or kill an engine by an assertion."""
+    if not params.extra_args or KV_PARAMS not in params.extra_args:
+        return params
+    stripped = params.clone()
+    stripped.extra_args = {key: value for key, value in params.extra_args.items() if key != KV_PARAMS} or None
+    return stripped
+
+
+def _with_extra_arg(params: SamplingParams, key: str, value: Any) -> SamplingParams:
+    changed = params.clone()
+    changed.extra_args = {**(params.extra_args or {}), key: value}
+    return changed

@@ -1,0 +1,1 @@
+"""Engines, and KV blocks on their way between them."""

@@ -1,0 +1,52 @@
+"""A handoff: the KV blocks of a finished prefill, on their way to a decode engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+KV_PARAMS = "kv_transfer_params"
+"""The key of `SamplingParams.extra_args` under which vLLM looks for KV transfer parameters."""
+
+REMOTE_DECODE: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
+"""What a prefill leg asks of its engine: keep the blocks for somebody else to decode from."""
+
+
+class InvalidHandoff(ValueError):
+    """A prefill ended without parameters that a decode engine could pull by."""
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """Where the KV blocks of one finished prefill are.
+
+    Attributes:
+        params: all of the connector's parameters as vLLM gave them; every one is needed (heartbeats use `tp_size`).
+    """
+
+    params: dict[str, Any]
+
+    @classmethod
+    def from_params(cls, params: dict[str, Any] | None) -> Handoff:
+        """Check what a prefill engine returned.
+
+        Raises:
+            InvalidHandoff: if the blocks can't be pulled with it.
+        """
+        if not params or not params.get("do_remote_prefill"):
+            raise InvalidHandoff("the prefill ended without a handoff")
+        missing = [key for key in ("remote_engine_id", "remote_request_id", "remote_block_ids") if key not in params]
+        if missing:
+            raise InvalidHandoff(f"the handoff lacks {', '.join(missing)}")
+        return cls(params)
+
+    @property
+    def engine_id(self) -> str:
+        """The prefill engine that holds the blocks."""
+        return str(self.params["remote_engine_id"])
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Prompt tokens that the prefill engine had in its prefix cache, where it says so."""
+        value = self.params.get("remote_prefill_cached_tokens")
+        return None if value is None else int(value)

@@ -1,0 +1,126 @@
+"""A real vLLM engine core in its own process: start, submit, step outputs, abort.
+
+The one place that drives vLLM's `EngineCoreClient` from the worker's side. It is internal API of vLLM 0.32:
+`tests/engine/test_contract.py` fails loudly when an upgrade moves something.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+from typing import TYPE_CHECKING, Any
+
+from kv_transfer.engine import EngineDied, EngineFacts, EngineStartFailed
+from kv_transfer.nixl import free_port, transfer_config, transport_env
+from kv_transfer.parent_watch import WATCH_ENV
+from kv_transfer.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+
+class VllmEngine:
+    """One vLLM engine core with the NIXL connector of its role."""
+
+    def __init__(self, client: AsyncMPClient, config: VllmConfig, facts: EngineFacts) -> None:
+        self.facts = facts
+        self._client = client
+        self._config = config
+
+    @classmethod
+    async def start(cls, settings: EngineSettings) -> VllmEngine:
+        """Start the core's processes and wait until they can take requests (tens of seconds).
+
+        Raises:
+            EngineStartFailed: with the reason.
+        """
+        host = settings.transport.host
+        port = free_port(host)
+        _set_environment(settings, host, port)
+        try:
+            return await asyncio.to_thread(cls._start_blocking, settings, host, port)
+        except Exception as error:
+            raise EngineStartFailed(f"the {settings.role} engine did not start: {error}") from error
+
+    @classmethod
+    def _start_blocking(cls, settings: EngineSettings, host: str, port: int) -> VllmEngine:
+        from vllm.v1.engine.core_client import EngineCoreClient
+        from vllm.v1.executor import Executor
+
+        config = build_vllm_config(settings)
+        client = EngineCoreClient.make_async_mp_client(config, Executor.get_class(config), log_stats=True)
+        return cls(client, config, _facts(settings, config, host, port))
+
+    async def add(self, request: EngineCoreRequest) -> None:
+        """See `Engine.add`."""
+        await self._client.add_request_async(request)
+
+    async def abort(self, request_ids: list[str]) -> None:
+        """See `Engine.abort`."""
+        await self._client.abort_requests_async(request_ids)
+
+    async def outputs(self) -> EngineCoreOutputs:
+        """See `Engine.outputs`."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return await self._client.get_output_async()
+        except EngineDeadError as error:
+            raise EngineDied(f"the {self.facts.role} engine core died") from error
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """See `Engine.call`."""
+        return await getattr(self._client, f"{method}_async")(*args)
+
+    def vllm_config(self) -> VllmConfig:
+        """See `Engine.vllm_config`."""
+        return copy.copy(self._config)
+
+    def shutdown(self) -> None:
+        """See `Engine.shutdown`."""
+        self._client.shutdown(timeout=0)
+
+
+def build_vllm_config(settings: EngineSettings) -> VllmConfig:
+    """The `VllmConfig` of an engine, with its connector. Needs the engine's platform (a GPU engine needs a GPU)."""
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    args = engine_args(settings)
+    args["kv_transfer_config"] = KVTransferConfig(**args["kv_transfer_config"])
+    return AsyncEngineArgs(**args).create_engine_config()
+
+
+def engine_args(settings: EngineSettings) -> dict[str, Any]:
+    """All `AsyncEngineArgs` of an engine, as `baton check` prints them."""
+    return {"model": settings.model, **settings.args, "kv_transfer_config": transfer_config(settings)}
+
+
+def _set_environment(settings: EngineSettings, host: str, port: int) -> None:
+    """Set what the engine's processes inherit. A replica owns one engine, so the process is ours to change."""
+    os.environ.update(transport_env(settings.transport, host, port))
+    os.environ["VLLM_HOST_IP"] = host
+    # The replica has threads and an event loop by now: a forked engine core could deadlock.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ[WATCH_ENV] = str(os.getpid())
+    os.environ.update(settings.env)
+
+
+def _facts(settings: EngineSettings, config: VllmConfig, host: str, port: int) -> EngineFacts:
+    assert config.kv_transfer_config is not None  # transfer_config() always gives one
+    return EngineFacts(
+        engine_id=str(config.kv_transfer_config.engine_id),
+        role=settings.role,
+        model=settings.model,
+        dtype=str(config.model_config.dtype).removeprefix("torch."),
+        cache_dtype=str(config.cache_config.cache_dtype),
+        block_tokens=int(config.cache_config.block_size),
+        tensor_parallel=int(config.parallel_config.tensor_parallel_size),
+        max_model_len=int(config.model_config.max_model_len),
+        num_blocks=int(config.cache_config.num_gpu_blocks or 0),
+        kv_host=host,
+        kv_port=port,
+    )

@@ -1,0 +1,230 @@
+"""One engine core behind Ray Serve handles: what the prefill and the decode deployment have in common.
+
+Front ends reach a worker by three calls. `exchange` hands over new legs and aborts, in order; `outputs` is one
+long-lived stream for each front end that carries a batch per engine step; `call` reaches the core's utility methods.
+Each names the engine id that the caller believes to talk to, so a call can't reach another incarnation by mistake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from kv_transfer.engine import Engine, EngineDied, start_engine
+from kv_transfer.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+
+    Command = EngineCoreRequest | list[str]
+    """What a front end sends: a leg to run, or the ids of legs to abort."""
+
+logger = logging.getLogger("baton.worker")
+
+
+
+FRONT_END_SILENCE_S = 20.0
+"""A front end that has sent nothing for this long is dead: Ray does not end the streams of a caller that died."""
+
+
+class WrongIncarnation(Exception):
+    """The caller meant another engine, most likely one that stood here before."""
+
+    def __init__(self, wanted: str, here: str) -> None:
+        super().__init__(wanted, here)
+        self.wanted, self.here = wanted, here
+
+    def __str__(self) -> str:
+        return f"engine {self.wanted} is not here, {self.here} is"
+
+
+class NoStream(Exception):
+    """A front end sent work without a stream to take the outputs."""
+
+    def __init__(self, front_end: str) -> None:
+        super().__init__(front_end)
+
+    def __str__(self) -> str:
+        return f"front end {self.args[0]} has no output stream here"
+
+
+def log_through_serve() -> None:
+    """Send Baton's log where Ray Serve sends the log of a replica."""
+    baton = logging.getLogger("baton")
+    baton.parent = logging.getLogger("ray.serve")
+    baton.setLevel(logging.INFO)
+
+
+@dataclass
+class _FrontEnd:
+    """What a worker keeps for one front end: its stream's queue and its legs in flight."""
+
+    queue: asyncio.Queue[EngineCoreOutputs | None] = field(default_factory=asyncio.Queue)
+    legs: set[str] = field(default_factory=set)
+    heard: float = field(default_factory=time.monotonic)
+
+
+class EngineWorker:
+    """Owns one engine core, from start to death: when the core dies the worker reports unhealthy and is replaced."""
+
+    def __init__(self) -> None:
+        log_through_serve()
+        self._engine: Engine | None = None
+        self._front_ends: dict[str, _FrontEnd] = {}
+        self._owner: dict[str, str] = {}  # leg id -> front end
+        self._dead: str | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; only there once `start` has returned."""
+        assert self._engine is not None
+        return self._engine
+
+    async def start(self, settings: EngineSettings) -> None:
+        """Start the engine and begin to hand out its outputs."""
+        started = time.monotonic()
+        if settings.transport.host == "auto":
+            transport = settings.transport.model_copy(update={"host": ray.util.get_node_ip_address()})
+            settings = settings.model_copy(update={"transport": transport})
+        self._engine = await start_engine(settings)
+        self._tasks = [asyncio.create_task(self._hand_out()), asyncio.create_task(self._drop_silent())]
+        logger.info("%s engine %s up in %.1f s", settings.role, self.engine.facts.engine_id, time.monotonic() - started)
+
+    async def exchange(self, engine_id: str, front_end: str, commands: list[Command]) -> None:
+        """Take legs to run and legs to abort, in the order given."""
+        self._check(engine_id)
+        peer = self._front_ends.get(front_end)
+        if peer is None:
+            raise NoStream(front_end)
+        peer.heard = time.monotonic()
+        for command in commands:
+            if isinstance(command, list):
+                await self._abort(command)
+                continue
+            if not command.abort_immediately:  # a release produces nothing that anybody waits for
+                self._owner[command.request_id] = front_end
+                peer.legs.add(command.request_id)
+            await self.engine.add(command)
+
+    async def outputs(self, engine_id: str, front_end: str) -> AsyncIterator[list[EngineCoreOutputs]]:
+        """Stream the outputs of this front end's legs, all steps since the last message in one; first an empty hello.
+
+        The stream ends when the engine dies. When the front end leaves, its legs are aborted.
+        """
+        self._check(engine_id)
+        peer = self._front_ends[front_end] = _FrontEnd()
+        try:
+            yield []
+            while batch := await _drain(peer.queue):
+                yield batch
+        finally:
+            if self._front_ends.get(front_end) is peer:
+                del self._front_ends[front_end]
+            await self._abort(list(peer.legs))
+
+    async def call(self, engine_id: str, method: str, args: list[Any]) -> Any:
+        """Call a utility method of the engine core."""
+        self._check(engine_id)
+        return await self.engine.call(method, *args)
+
+    async def describe(self, engine_id: str | None) -> Any:
+        """The `VllmConfig` for a front end; `None` asks whichever worker answers."""
+        if engine_id is not None:
+            self._check(engine_id)
+        return await asyncio.to_thread(self.engine.vllm_config)
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """What Ray Serve tells every front end about this replica: the engine's facts."""
+        return self.engine.facts.to_dict()
+
+    def check_health(self) -> None:
+        """Raise when the engine is dead, so that Ray Serve replaces this replica."""
+        if self._dead is not None:
+            raise EngineDied(self._dead)
+
+    def shutdown(self) -> None:
+        """Stop the engine and all of its processes."""
+        for task in self._tasks:
+            task.cancel()
+        if self._engine is not None:
+            self._engine.shutdown()
+
+    async def __del__(self) -> None:
+        """Ray Serve's hook for a replica that goes."""
+        self.shutdown()
+
+    async def _hand_out(self) -> None:
+        """Split each step's outputs by front end, until the engine dies."""
+        try:
+            while True:
+                outputs = await self.engine.outputs()
+                for front_end, batch in self._by_front_end(outputs).items():
+                    self._front_ends[front_end].queue.put_nowait(batch)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # whatever it was, nobody hands out tokens any more: the worker has to go
+            self._dead = str(error)
+            logger.error("engine %s died: %s", self.engine.facts.engine_id, error)
+            for peer in self._front_ends.values():
+                peer.queue.put_nowait(None)
+
+    async def _drop_silent(self) -> None:
+        """End the streams of front ends that died, which aborts their legs."""
+        while True:
+            await asyncio.sleep(FRONT_END_SILENCE_S / 4)
+            for name, peer in self._front_ends.items():
+                if time.monotonic() - peer.heard > FRONT_END_SILENCE_S:
+                    logger.warning("front end %s is silent: its %d legs are aborted", name, len(peer.legs))
+                    peer.queue.put_nowait(None)
+
+    def _by_front_end(self, outputs: EngineCoreOutputs) -> dict[str, EngineCoreOutputs]:
+        split: dict[str, list[Any]] = {}
+        for output in outputs.outputs:
+            front_end = self._owner.get(output.request_id)
+            if front_end is None:
+                continue
+            split.setdefault(front_end, []).append(output)
+            if output.finished:
+                self._forget(output.request_id)
+        return {
+            front_end: type(outputs)(outputs=batch, timestamp=outputs.timestamp)
+            for front_end, batch in split.items()
+            if front_end in self._front_ends
+        }
+
+    async def _abort(self, leg_ids: list[str]) -> None:
+        for leg_id in leg_ids:
+            self._forget(leg_id)
+        if leg_ids and self._dead is None:
+            await self.engine.abort(leg_ids)
+
+    def _forget(self, leg_id: str) -> None:
+        front_end = self._owner.pop(leg_id, None)
+        if front_end is not None and (peer := self._front_ends.get(front_end)) is not None:
+            peer.legs.discard(leg_id)
+
+    def _check(self, engine_id: str) -> None:
+        if self._dead is not None:
+            raise EngineDied(self._dead)
+        here = self.engine.facts.engine_id
+        if engine_id != here:
+            raise WrongIncarnation(engine_id, here)
+
+
+async def _drain(queue: asyncio.Queue[EngineCoreOutputs | None]) -> list[EngineCoreOutputs]:
+    """All that is in the queue, at least one; nothing when the stream is to end."""
+    batch: list[EngineCoreOutputs] = []
+    while not batch or not queue.empty():
+        item = await queue.get()
+        if item is None:
+            queue.put_nowait(None)  # after this batch, or at once: the next call finds it and ends
+            return batch
+        batch.append(item)
+    return batch

@@ -1,0 +1,1 @@
+"""The front of house and the brain: HTTP, planning, the fleet."""

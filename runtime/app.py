@@ -1,0 +1,120 @@
+"""The composition root: `serve run runtime.app:build config=FILE` builds the whole application."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from decode.worker import DecodeWorker
+from kv_transfer.worker import log_through_serve
+from prefill.worker import PrefillWorker
+from runtime.config import ROLES, Config, Role, load
+from runtime.errors import ConfigError
+from runtime.pinned_router import ROUTER_CLASS
+
+logger = logging.getLogger("baton.app")
+
+WORKERS: dict[Role, type] = {"prefill": PrefillWorker, "decode": DecodeWorker}
+
+MAX_ONGOING = 1_000_000
+"""Serve's own limit on calls to a replica. Baton's calls are short or one stream a front end; it bounds work itself."""
+
+
+def build(args: dict[str, str]) -> Application:
+    """Build the application that `serve run runtime.app:build config=FILE` runs.
+
+    Raises:
+        ConfigError: when the settings are wrong.
+    """
+    unknown = set(args) - {"config"}
+    if unknown or "config" not in args:
+        raise ConfigError("give exactly one argument: config=FILE")
+    return application(load(args["config"]))
+
+
+def application(config: Config) -> Application:
+    """The front end and both pools as one Serve application."""
+    pools = {role: _pool(config, role) for role in ROLES}
+    front_end = serve.deployment(
+        FrontEndReplica,
+        name="front-end",
+        num_replicas=config.front_end.replicas,
+        max_ongoing_requests=config.front_end.max_requests,
+        ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_timeout_s=30,
+    )
+    return front_end.bind(config.model_dump(), **pools)
+
+
+def _pool(config: Config, role: Role) -> Application:
+    deployment = serve.deployment(
+        WORKERS[role],
+        name=role,
+        num_replicas=config.pool(role).replicas,
+        max_ongoing_requests=MAX_ONGOING,
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER_CLASS),
+        health_check_period_s=2,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=30,
+        **placement(config, role),
+    )
+    return deployment.bind(config.engine_settings(role).model_dump())
+
+
+def placement(config: Config, role: Role) -> dict[str, Any]:
+    """Where Ray puts a worker of this role: deployment options.
+
+    A worker on one machine is one actor with all of its GPUs, so that vLLM's own processes see them. A worker over
+    several machines gets a placement group with a bundle for the actor and one for each GPU; vLLM's Ray executor
+    puts its workers there.
+    """
+    pool = config.pool(role)
+    actor: dict[str, Any] = {"num_cpus": pool.num_cpus}
+    if pool.label_selector:
+        actor["label_selector"] = dict(pool.label_selector)
+    if pool.nodes == 1:
+        if pool.num_gpus:
+            actor["num_gpus"] = pool.num_gpus
+        if pool.resources:
+            actor["resources"] = dict(pool.resources)
+        return {"ray_actor_options": actor}
+    bundles = [{"CPU": max(pool.num_cpus, 1.0), **pool.resources}, *({"GPU": 1.0, **pool.resources} for _ in range(pool.num_gpus))]
+    return {"ray_actor_options": actor, "placement_group_bundles": bundles, "placement_group_strategy": "PACK"}
+
+
+class _Delegate:
+    """The ASGI app that Serve pickles before the replica exists; the real one can only be built inside."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = _running.get("app")
+        assert app is not None  # Serve sends nothing before the replica's __init__ has returned
+        await app(scope, receive, send)
+
+
+_running: dict[str, ASGIApp] = {}
+
+
+@serve.ingress(_Delegate())
+class FrontEndReplica:
+    """A Ray Serve replica that serves the OpenAI API over both pools."""
+
+    async def __init__(self, config: dict[str, Any], prefill: DeploymentHandle, decode: DeploymentHandle) -> None:
+        from runtime.frontend import start_front_end  # vLLM's server: only where it runs
+
+        log_through_serve()
+        settings = Config.model_validate(config)
+        self._front_end = await start_front_end(settings, {"prefill": prefill, "decode": decode})
+        _running["app"] = self._front_end.asgi
+
+    async def __del__(self) -> None:
+        """Ray Serve's hook for a replica that goes."""
+        if front_end := getattr(self, "_front_end", None):
+            front_end.shutdown()
+
+

@@ -1,0 +1,54 @@
+"""`baton serve | check`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from runtime.config import ROLES, Config, load
+from runtime.errors import ConfigError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="baton", description="Serve a large language model on prefill and decode pools.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="serve until Ctrl-C, on a Ray cluster of its own or a running one")
+    serve.add_argument("--config", required=True, metavar="FILE", help="settings (YAML)")
+    serve.add_argument("--host", help="listen here instead of front_end.host")
+    serve.add_argument("--port", type=int, help="listen here instead of front_end.port")
+    serve.add_argument("--address", help="join the Ray cluster at this address (`auto` finds it)")
+    check = commands.add_parser("check", help="check settings and print them resolved, with each role's engine arguments")
+    check.add_argument("config", metavar="FILE", help="settings (YAML)")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load(arguments.config)
+        if arguments.command == "check":
+            return _check(config)
+        from runtime.serving import serve_until_stopped
+
+        changes = {name: getattr(arguments, name) for name in ("host", "port") if getattr(arguments, name) is not None}
+        if changes:
+            config = config.model_copy(update={"front_end": config.front_end.model_copy(update=changes)})
+        return serve_until_stopped(config, arguments.address)
+    except ConfigError as error:
+        print(f"baton: {error}", file=sys.stderr)
+        return 2
+
+
+def _check(config: Config) -> int:
+    from kv_transfer.vllm_engine import engine_args
+
+    resolved = {
+        "settings": config.model_dump(),
+        "engine_args": {role: engine_args(config.engine_settings(role)) for role in ROLES},
+        "engine_env": {role: config.engine_settings(role).env for role in ROLES},
+    }
+    config.api_keys()
+    print(json.dumps(resolved, indent=2, default=str))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

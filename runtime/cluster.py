@@ -1,0 +1,338 @@
+"""A request's life. The cluster is to vLLM's front end what one engine core is to a plain vLLM server.
+
+`Cluster` implements vLLM's `EngineCoreClient`: `EngineCoreRequest` in, `EngineCoreOutputs` out. Read `Cluster._serve`
+first: plan, prefill, decode, settle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.core_client import EngineCoreClient
+
+from decode.request import decode_leg, release_leg, without_kv_params
+from kv_transfer.handoff import Handoff, InvalidHandoff
+from prefill.request import prefill_leg
+from runtime.errors import PullFailed, Refusal, WorkerLost
+from runtime.fleet import Fleet
+from runtime.metrics import HANDOFFS_RELEASED, LEGS_RETRIED, PLANS
+from runtime.policy.routing import route
+from runtime.policy.types import Disaggregated, Local, Plan, Refused, RequestView
+
+logger = logging.getLogger("baton.cluster")
+
+ABANDONED_KEEP_S = 600.0
+"""How long an aborted prefill leg is remembered: it may have ended before the abort reached it, and then its handoff
+has to be released. Longer than any lease that makes sense, so that nothing is forgotten before it frees itself."""
+
+
+@dataclass(eq=False)
+class Leg:
+    """One half of a request on one worker. Ids are never used twice."""
+
+    id: str
+    engine_id: str
+    live: LiveRequest
+    tokens: int  # what it was charged to the worker
+    decodes: bool
+    done: asyncio.Future[EngineCoreOutput]
+    abandoned_at: float | None = None
+
+
+@dataclass(eq=False)
+class LiveRequest:
+    """A request from its arrival until its last token."""
+
+    request: EngineCoreRequest
+    pinned: Plan | None = None
+    handoff: Handoff | None = None
+    answered: int = 0  # tokens that went to the client
+    legs: int = 0
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+
+    @property
+    def id(self) -> str:
+        """vLLM's internal request id."""
+        return self.request.request_id
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.request.prompt_token_ids or ())
+
+    def view(self) -> RequestView:
+        """What a policy may know of it."""
+        params = self.request.sampling_params
+        whole = params is None or params.prompt_logprobs is not None or self.request.prompt_embeds is not None
+        return RequestView(self.prompt_tokens, can_disaggregate=not whole)
+
+
+@dataclass
+class Resources:
+    """What `AsyncLLM` reads of its client's processes: the cluster as a whole never dies, its workers do."""
+
+    engine_dead: bool = False
+
+
+class Cluster(EngineCoreClient):
+    """vLLM's engine core client over two pools of workers."""
+
+    def __init__(self, front_end: str, retry_budget: int) -> None:
+        self.engine_ranks_managed = [0]
+        self.resources = Resources()
+        self.fleet: Fleet  # set by the front end, which owns the handles
+        self._front_end = front_end
+        self._retry_budget = retry_budget
+        self._live: dict[str, LiveRequest] = {}
+        self._legs: dict[str, Leg] = {}
+        self._pins: dict[str, Plan] = {}
+        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+
+    # A request's life
+
+    async def _serve(self, live: LiveRequest) -> None:
+        """Plan, prefill, decode; plan again when a worker is lost on the way; settle whatever happens."""
+        try:
+            for attempt in range(self._retry_budget + 1):
+                plan = self._plan(live)
+                try:
+                    if isinstance(plan, Disaggregated):
+                        live.handoff = await self._prefill(live, plan.prefill)
+                    await self._decode(live, plan.decode)
+                    return
+                except (WorkerLost, PullFailed, InvalidHandoff) as error:
+                    self._settle(live, "lost")
+                    if live.answered or attempt == self._retry_budget:
+                        raise
+                    LEGS_RETRIED.labels(reason=type(error).__name__).inc()
+                    logger.warning("request %s is planned again: %s", live.id, error)
+        except (WorkerLost, PullFailed, InvalidHandoff, Refusal) as error:
+            logger.error("request %s failed: %s", live.id, error)
+            self._finish(live, FinishReason.ERROR)
+        finally:
+            self._settle(live, "abandoned")
+            self._live.pop(live.id, None)
+
+    def _plan(self, live: LiveRequest) -> Plan:
+        plan = live.pinned or route(live.view(), self.fleet.snapshot())
+        if isinstance(plan, Refused):
+            raise Refusal(plan.reason, "no worker can take the request")
+        reason = plan.reason if isinstance(plan, Local) else "default"
+        PLANS.labels(plan=type(plan).__name__.lower(), reason=reason).inc()
+        logger.debug("request %s plan %s", live.id, plan)
+        return plan
+
+    async def _prefill(self, live: LiveRequest, engine_id: str) -> Handoff:
+        """Run the prefill leg; what comes back is where the blocks are."""
+        leg = self._new_leg(live, engine_id, decodes=False)
+        output = await self._run(leg, prefill_leg(live.request, leg.id))
+        return Handoff.from_params(output.kv_transfer_params)
+
+    async def _decode(self, live: LiveRequest, engine_id: str) -> None:
+        """Run the decode leg; its tokens go to the front end as they come (`_deliver`)."""
+        leg = self._new_leg(live, engine_id, decodes=True)
+        await self._run(leg, decode_leg(live.request, leg.id, live.handoff))
+
+    def _settle(self, live: LiveRequest, reason: str) -> None:
+        """Release the handoff unless a decode engine has taken it over."""
+        if live.handoff is not None:
+            self._release(live.handoff, reason)
+            live.handoff = None
+
+    # Legs
+
+    def _new_leg(self, live: LiveRequest, engine_id: str, *, decodes: bool) -> Leg:
+        live.legs += 1
+        params = live.request.sampling_params
+        answer = (params.max_tokens or 0) if decodes and params else 0
+        return Leg(
+            id=f"{live.id}-{'d' if decodes else 'p'}{live.legs}",
+            engine_id=engine_id,
+            live=live,
+            tokens=live.prompt_tokens + answer,
+            decodes=decodes,
+            done=asyncio.get_running_loop().create_future(),
+        )
+
+    async def _run(self, leg: Leg, request: EngineCoreRequest) -> EngineCoreOutput:
+        """Send a leg to its worker and wait for its last output; abort it when the request is cancelled."""
+        link = self.fleet.link(leg.engine_id)
+        if link is None:
+            raise WorkerLost(leg.engine_id, "it left before the leg was sent")
+        self._legs[leg.id] = leg
+        self.fleet.charge(leg.engine_id, leg.tokens)
+        link.send(request)
+        try:
+            return await leg.done
+        except asyncio.CancelledError:
+            link.send([leg.id])
+            if leg.decodes:
+                leg.live.handoff = None  # the decode engine settles what it was given, pulled or not
+            else:
+                leg.abandoned_at = time.monotonic()
+            raise
+        finally:
+            self.fleet.discharge(leg.engine_id, leg.tokens)
+            if leg.abandoned_at is None:
+                self._legs.pop(leg.id, None)
+
+    def on_outputs(self, batch: EngineCoreOutputs) -> None:
+        """Take one step's outputs of one worker: the hot path, once per step and not per token."""
+        ours: list[EngineCoreOutput] = []
+        for output in batch.outputs:
+            leg = self._legs.get(output.request_id)
+            if leg is None:
+                continue
+            if leg.decodes:
+                self._deliver(leg, output, ours)
+            elif output.finished:
+                self._prefilled(leg, output)
+        if ours:
+            # Timestamps are monotonic clocks of the worker's machine: stamp anew with ours.
+            self._outputs.put_nowait(EngineCoreOutputs(outputs=ours))
+
+    def _deliver(self, leg: Leg, output: EngineCoreOutput, ours: list[EngineCoreOutput]) -> None:
+        live = leg.live
+        if output.finish_reason is FinishReason.ERROR and not live.answered:
+            _resolve(leg, PullFailed(f"leg {leg.id} failed on its worker"))
+            return
+        if output.prefill_stats is not None and live.handoff is not None:
+            # What the client calls cached is what nobody had to compute, so it is the prefill engine's figure.
+            output.prefill_stats.num_cached_tokens = live.handoff.cached_tokens or 0
+        live.handoff = None  # the first output says that the blocks are here: the decode engine has settled it
+        live.answered += len(output.new_token_ids)
+        output.request_id = live.id
+        ours.append(output)
+        if output.finished:
+            _resolve(leg, output)
+
+    def _prefilled(self, leg: Leg, output: EngineCoreOutput) -> None:
+        if leg.abandoned_at is None:
+            _resolve(leg, output)
+            return
+        self._legs.pop(leg.id, None)
+        try:
+            self._release(Handoff.from_params(output.kv_transfer_params), "abandoned")
+        except InvalidHandoff:
+            pass  # the abort came first: nothing is pinned
+
+    def _release(self, handoff: Handoff, reason: str) -> None:
+        """Have a decode engine tell the prefill engine that nobody will pull these blocks."""
+        HANDOFFS_RELEASED.labels(reason=reason).inc()
+        links = self.fleet.links("decode")
+        if not links:
+            logger.warning("no decode worker to release a handoff of %s: its lease has to run out", handoff.engine_id)
+            return
+        request_id = handoff.params["remote_request_id"]
+        links[0].send(release_leg(handoff, f"{request_id}-release"))
+
+    def on_lost(self, engine_id: str, why: str) -> None:
+        """Plan every request of a lost worker again."""
+        for leg in [leg for leg in self._legs.values() if leg.engine_id == engine_id]:
+            if leg.abandoned_at is None:
+                _resolve(leg, WorkerLost(engine_id, why))
+            else:
+                self._legs.pop(leg.id)
+
+    def forget_abandoned(self) -> None:
+        """Drop aborted prefill legs that were never heard of again; called every now and then."""
+        now = time.monotonic()
+        for leg in list(self._legs.values()):
+            if leg.abandoned_at is not None and now - leg.abandoned_at > ABANDONED_KEEP_S:
+                del self._legs[leg.id]
+
+    def _finish(self, live: LiveRequest, reason: FinishReason) -> None:
+        output = EngineCoreOutput(request_id=live.id, new_token_ids=[], finish_reason=reason)
+        self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+
+    # vLLM's EngineCoreClient
+
+    def pin(self, external_request_id: str, plan: Plan) -> None:
+        """Fix the plan of a request to come: for warming a given pair of workers."""
+        self._pins[external_request_id] = plan
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Start a request's life."""
+        live = LiveRequest(_trusted(request), pinned=self._pins.pop(request.external_req_id or "", None))
+        self._live[live.id] = live
+        live.task = asyncio.get_running_loop().create_task(self._serve(live), context=contextvars.Context())
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        """The next outputs, of any worker."""
+        return await self._outputs.get()
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """End these requests wherever they are."""
+        for request_id in request_ids:
+            live = self._live.pop(request_id, None)
+            if live is not None and live.task is not None:
+                live.task.cancel()
+
+    async def get_supported_tasks_async(self) -> tuple[Any, ...]:
+        """Baton serves text generation."""
+        return ("generate",)
+
+    async def add_lora_async(self, lora_request: Any) -> bool:
+        """Load an adapter on every worker."""
+        return all(await self._broadcast("add_lora", lora_request))
+
+    async def remove_lora_async(self, lora_id: int) -> bool:
+        """Unload an adapter on every worker."""
+        return all(await self._broadcast("remove_lora", lora_id))
+
+    async def list_loras_async(self) -> set[int]:
+        """Adapters that every worker has."""
+        loras: list[set[int]] = [set(answer) for answer in await self._broadcast("list_loras")]
+        return set.intersection(*loras) if loras else set()
+
+    async def pin_lora_async(self, lora_id: int) -> bool:
+        """Pin an adapter on every worker."""
+        return all(await self._broadcast("pin_lora", lora_id))
+
+    async def reset_prefix_cache_async(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Empty every worker's prefix cache; False while any block is held."""
+        return all(await self._broadcast("reset_prefix_cache", reset_running_requests, reset_connector))
+
+    async def reset_mm_cache_async(self) -> None:
+        """Empty every worker's multimodal cache."""
+        await self._broadcast("reset_mm_cache")
+
+    async def reset_encoder_cache_async(self) -> None:
+        """Empty every worker's encoder cache."""
+        await self._broadcast("reset_encoder_cache")
+
+    async def _broadcast(self, method: str, *args: Any) -> list[Any]:
+        return list(await asyncio.gather(*(link.call(method, *args) for link in self.fleet.links())))
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Let go of the workers; they abort what was ours."""
+        for live in list(self._live.values()):
+            if live.task is not None:
+                live.task.cancel()
+        self.fleet.close()
+
+
+def _trusted(request: EngineCoreRequest) -> EngineCoreRequest:
+    """`request` without what a client may not decide: KV parameters, the engine's rank, cache hints."""
+    if request.sampling_params is not None:
+        request.sampling_params = without_kv_params(request.sampling_params)
+    request.data_parallel_rank = None
+    request.kv_hints = None
+    return request
+
+
+def _resolve(leg: Leg, result: EngineCoreOutput | Exception) -> None:
+    if leg.done.done():
+        return
+    if isinstance(result, Exception):
+        leg.done.set_exception(result)
+    else:
+        leg.done.set_result(result)

@@ -1,0 +1,254 @@
+"""The settings: one YAML file, frozen records, checked once at the edge. Each part of Baton gets only its slice."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from kv_transfer.nixl import IncompatibleEngines, check_agree
+from kv_transfer.settings import EngineSettings, Settings, SimulatorSettings, TransportSettings
+from runtime.errors import ConfigError
+
+Role = Literal["prefill", "decode"]
+ROLES: tuple[Role, Role] = ("prefill", "decode")
+
+DEMO_MODEL = "demo"
+
+MUST_AGREE = (
+    "dtype",
+    "quantization",
+    "block_size",
+    "kv_cache_dtype",
+    "tensor_parallel_size",
+    "revision",
+    "max_model_len",
+)
+"""Engine arguments on which both pools must agree: KV blocks of the one would be noise to the other."""
+
+RESERVED = ("model", "kv_transfer_config", "served_model_name")
+"""Engine arguments that Baton sets itself."""
+
+
+class PoolSettings(Settings):
+    """One pool of workers."""
+
+    replicas: int = Field(1, ge=1, le=1000, description="Workers in this pool.")
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict, description="vLLM engine arguments of this pool, over the common ones."
+    )
+    env: dict[str, str] = Field(default_factory=dict, description="Environment of this pool's engines, over the common one.")
+    num_gpus: int = Field(
+        0, ge=0, description="GPUs of a worker; 0 is a CPU worker. Must be tensor_parallel_size x pipeline_parallel_size."
+    )
+    num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray reserves for a worker's own process.")
+    nodes: int = Field(
+        1, ge=1, description="Machines that one worker spans (pipeline or tensor parallel over Ray's executor)."
+    )
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="Custom Ray resources that a worker needs, such as `prefill_gpu: 1`."
+    )
+    label_selector: dict[str, str] = Field(
+        default_factory=dict, description="Ray node labels that a worker's node must have, such as `pool: decode`."
+    )
+    threads: int | Literal["auto"] = Field(
+        "auto", description="OpenMP threads of a CPU engine; `auto` shares the machine's cores evenly among all engines."
+    )
+
+
+class FrontEndSettings(Settings):
+    """The OpenAI-compatible HTTP server."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; loopback unless told otherwise.")
+    port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
+    replicas: int = Field(1, ge=1, description="Front-end processes.")
+    api_keys_file: str | None = Field(
+        None, description="File with one API key a line. With keys, every request but health, metrics and version needs one."
+    )
+    api_keys_env: str | None = Field(None, description="Name of an environment variable with API keys, separated by commas.")
+    max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body, in bytes.")
+    max_requests: int = Field(4096, ge=1, description="Requests that one front end works on at a time; more get a 503.")
+    tool_call_parser: str | None = Field(None, description="vLLM's tool call parser for the model, such as `hermes`.")
+    reasoning_parser: str | None = Field(None, description="vLLM's reasoning parser for the model, such as `deepseek_r1`.")
+    chat_template: str | None = Field(None, description="A chat template (file) in place of the model's own.")
+    args: list[str] = Field(
+        default_factory=list, description="Further command-line arguments of vLLM's OpenAI server, such as `--max-logprobs=50`."
+    )
+
+
+class LimitSettings(Settings):
+    """Bounds and budgets."""
+
+    retry_budget: int = Field(2, ge=0, le=10, description="How often a request is planned again after a worker was lost.")
+    start_timeout_s: float = Field(1800.0, gt=0, description="How long a start may take before it is given up, in seconds.")
+
+
+class Config(Settings):
+    """All settings of one Baton application."""
+
+    model: str = Field(
+        DEMO_MODEL,
+        description="Directory of a model in Hugging Face layout, or its name on the Hugging Face Hub; "
+        "`demo` is SmolLM2-135M-Instruct, prepared by `make setup`.",
+    )
+    revision: str | None = Field(None, description="Revision of the model on the Hub.")
+    served_model_name: str | None = Field(None, description="The model id that clients use; by default the last part of `model`.")
+    name: str = Field("baton", pattern=r"^[a-z0-9][a-z0-9-]*$", description="Name of the Ray Serve application.")
+    engine: Literal["vllm", "simulated"] = Field("vllm", description="Real vLLM engine cores, or simulated ones.")
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="vLLM engine arguments of both pools.")
+    env: dict[str, str] = Field(default_factory=dict, description="Environment of all engines.")
+    prefill: PoolSettings = Field(default_factory=PoolSettings, description="The pool that reads prompts.")  # type: ignore[arg-type]
+    decode: PoolSettings = Field(default_factory=PoolSettings, description="The pool that writes answers.")  # type: ignore[arg-type]
+    transport: TransportSettings = Field(default_factory=TransportSettings, description="How KV blocks travel.")  # type: ignore[arg-type]
+    simulator: SimulatorSettings = Field(default_factory=SimulatorSettings, description="Speed of simulated engines.")  # type: ignore[arg-type]
+    front_end: FrontEndSettings = Field(default_factory=FrontEndSettings, description="The HTTP server.")  # type: ignore[arg-type]
+    limits: LimitSettings = Field(default_factory=LimitSettings, description="Bounds and budgets.")  # type: ignore[arg-type]
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        for where, args in self._engine_args():
+            for name in RESERVED:
+                if name in args:
+                    raise ValueError(f"{where}.{name} is set by Baton; remove it")
+        try:
+            pairs = [(name, self.args_of("prefill").get(name), self.args_of("decode").get(name)) for name in MUST_AGREE]
+            check_agree(pairs)
+        except IncompatibleEngines as problem:
+            raise ValueError(str(problem)) from problem
+        for role in ROLES:
+            self._check_gpus(role)
+        return self
+
+    def _engine_args(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield "engine_args", self.engine_args
+        for role in ROLES:
+            yield f"{role}.engine_args", self.pool(role).engine_args
+
+    def _check_gpus(self, role: Role) -> None:
+        pool, args = self.pool(role), self.args_of(role)
+        world = int(args.get("tensor_parallel_size", 1)) * int(args.get("pipeline_parallel_size", 1))
+        if pool.num_gpus and pool.num_gpus != world:
+            raise ValueError(
+                f"{role}.num_gpus is {pool.num_gpus}, but tensor_parallel_size x pipeline_parallel_size is {world}: "
+                f"set {role}.num_gpus to {world}"
+            )
+
+    def pool(self, role: Role) -> PoolSettings:
+        """The settings of a role's pool."""
+        return self.prefill if role == "prefill" else self.decode
+
+    def args_of(self, role: Role) -> dict[str, Any]:
+        """The engine arguments of a role: the common ones with the pool's over them."""
+        return {**self.engine_args, **self.pool(role).engine_args}
+
+    @property
+    def model_name(self) -> str:
+        """The model id that clients use."""
+        if self.served_model_name:
+            return self.served_model_name
+        return "SmolLM2-135M-Instruct" if self.model == DEMO_MODEL else self.model.rstrip("/").rsplit("/", 1)[-1]
+
+    def engine_settings(self, role: Role) -> EngineSettings:
+        """The slice of a worker: everything its engine needs, resolved but for the node's address."""
+        pool, args = self.pool(role), self.args_of(role)
+        if self.revision is not None:
+            args["revision"] = self.revision
+        if pool.nodes > 1:
+            args.setdefault("distributed_executor_backend", "ray")
+        elif not pool.num_gpus or pool.num_gpus > 1:
+            args.setdefault("distributed_executor_backend", "mp")
+        return EngineSettings(
+            role=role,
+            kind=self.engine,
+            model=model_dir(self.model),
+            args=args,
+            env={**(self._cpu_env(pool) if not pool.num_gpus else {}), **self.env, **pool.env},
+            transport=self.transport,
+            simulator=self.simulator,
+        )
+
+    def _cpu_env(self, pool: PoolSettings) -> dict[str, str]:
+        engines = self.prefill.replicas + self.decode.replicas
+        threads = max(1, (os.cpu_count() or 1) // engines) if pool.threads == "auto" else pool.threads
+        # vLLM's own binding puts engines of one machine on the same cores.
+        return {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+    def api_keys(self) -> tuple[str, ...]:
+        """The configured API keys; none means that no key is asked for.
+
+        Raises:
+            ConfigError: when a configured source has no keys, so that a typo can't open the server.
+        """
+        keys: list[str] = []
+        if path := self.front_end.api_keys_file:
+            try:
+                keys += [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+            except OSError as error:
+                raise ConfigError(f"front_end.api_keys_file: can't read {path}: {error.strerror}") from error
+        if name := self.front_end.api_keys_env:
+            keys += [key.strip() for key in os.environ.get(name, "").split(",") if key.strip()]
+        if not keys and (self.front_end.api_keys_file or self.front_end.api_keys_env):
+            raise ConfigError("API keys are configured, but the file or environment variable has none: add a key")
+        return tuple(keys)
+
+
+def model_dir(model: str) -> str:
+    """The directory of `model`, where it is the demo model; else `model` as it is."""
+    if model != DEMO_MODEL:
+        return model
+    from runtime.demo_model import demo_model_dir
+
+    return str(demo_model_dir(build=False))
+
+
+def load(path: str | Path) -> Config:
+    """Read and check a settings file.
+
+    Raises:
+        ConfigError: naming every key that is wrong, and for an unknown one the nearest that exists.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold settings as `key: value`, not a {type(data).__name__}")
+    return parse(data, str(path))
+
+
+def parse(data: dict[str, Any], source: str = "settings") -> Config:
+    """Check settings that were read already. Raises as `load`."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{source}:\n" + "\n".join(f"  - {problem}" for problem in problems)) from error
+
+
+def _explain(item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    where = ".".join(path)
+    if item["type"] != "extra_forbidden":
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{where}: {message} (got {item['input']!r})" if where else message
+    names = _keys_at(path[:-1])
+    near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(sorted(names))}"
+    return f"{where}: unknown key; {hint}"
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    model: type[Settings] = Config
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,184 @@
+"""The live view of both pools: who is there, who may take work, what this front end has sent to each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from kv_transfer.engine import EngineFacts
+from kv_transfer.nixl import IncompatibleEngines, check_compatible
+from runtime.link import Link
+from runtime.engine_board import subscribe
+from runtime.policy.types import Snapshot, WorkerView
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+    from vllm.v1.engine import EngineCoreOutputs
+
+logger = logging.getLogger("baton.fleet")
+
+
+class State(Enum):
+    """Where a worker is in its life, to one front end."""
+
+    CONNECTING = "connecting"
+    WARMING = "warming"
+    READY = "ready"
+    REFUSED = "refused"
+    DRAINING = "draining"
+
+
+@dataclass
+class Worker:
+    """One worker and this front end's work on it."""
+
+    link: Link
+    state: State = State.CONNECTING
+    requests: int = 0
+    tokens: int = 0
+
+    def view(self) -> WorkerView:
+        """As a policy sees it."""
+        return WorkerView(self.link.facts.engine_id, self.requests, self.tokens)
+
+
+class Fleet:
+    """Follows the replicas of both deployments: a link to each, warm before it takes traffic, gone when it breaks.
+
+    Args:
+        handles: the deployment of each role.
+        on_outputs: called with each batch of step outputs.
+        on_lost: called with the engine id and the reason when a worker is lost.
+    """
+
+    def __init__(
+        self,
+        front_end: str,
+        handles: dict[str, DeploymentHandle],
+        on_outputs: Callable[[EngineCoreOutputs], None],
+        on_lost: Callable[[str, str], None],
+    ) -> None:
+        self.workers: dict[str, Worker] = {}
+        self.changed = asyncio.Event()
+        self._front_end = front_end
+        self._handles = handles
+        self._on_outputs = on_outputs
+        self._on_lost = on_lost
+        self._connecting: set[asyncio.Task[None]] = set()
+
+    def follow(self, application: str) -> None:
+        """Begin to follow Ray Serve's news of both pools."""
+        loop = asyncio.get_running_loop()
+
+        def listener(role: str) -> Callable[[list[dict[str, Any]]], None]:
+            return lambda engines: loop.call_soon_threadsafe(self._update, role, engines)
+
+        for role, handle in self._handles.items():
+            subscribe(application, handle.deployment_name, listener(role))
+
+    def snapshot(self) -> Snapshot:
+        """The workers that may take work now."""
+        return Snapshot(self._ready("prefill"), self._ready("decode"))
+
+    def ready(self) -> bool:
+        """Whether both pools can serve."""
+        snapshot = self.snapshot()
+        return bool(snapshot.prefill and snapshot.decode)
+
+    def link(self, engine_id: str) -> Link | None:
+        """The link to a worker, or None when it is gone."""
+        worker = self.workers.get(engine_id)
+        return worker.link if worker else None
+
+    def links(self, role: str | None = None) -> list[Link]:
+        """The links of a pool, or of both."""
+        return [w.link for w in self.workers.values() if role in (None, w.link.facts.role) and w.state is State.READY]
+
+    def in_state(self, state: State) -> list[Worker]:
+        """The workers in one state."""
+        return [worker for worker in self.workers.values() if worker.state is state]
+
+    def charge(self, engine_id: str, tokens: int) -> None:
+        """Count a leg that was sent to a worker."""
+        if worker := self.workers.get(engine_id):
+            worker.requests += 1
+            worker.tokens += tokens
+
+    def discharge(self, engine_id: str, tokens: int) -> None:
+        """Count a leg that ended."""
+        if worker := self.workers.get(engine_id):
+            worker.requests -= 1
+            worker.tokens -= tokens
+            self._close_if_drained(worker)
+
+    def set_state(self, worker: Worker, state: State) -> None:
+        """Move a worker to `state` and wake whoever waits for a change."""
+        worker.state = state
+        logger.info("%s worker %s is %s", worker.link.facts.role, worker.link.facts.engine_id, state.value)
+        self._wake()
+
+    def close(self) -> None:
+        """Close all links."""
+        for worker in list(self.workers.values()):
+            worker.link.close()
+
+    def _ready(self, role: str) -> tuple[WorkerView, ...]:
+        return tuple(
+            w.view() for w in self.workers.values() if w.state is State.READY and w.link.facts.role == role
+        )
+
+    def _update(self, role: str, engines: list[dict[str, Any]]) -> None:
+        present = {facts["engine_id"]: EngineFacts(**facts) for facts in engines}
+        for engine_id, facts in present.items():
+            if engine_id not in self.workers:
+                self._connect(facts)
+        for engine_id, worker in list(self.workers.items()):
+            if worker.link.facts.role == role and engine_id not in present and worker.state is not State.DRAINING:
+                self.set_state(worker, State.DRAINING)
+                self._close_if_drained(worker)
+
+    def _close_if_drained(self, worker: Worker) -> None:
+        if worker.state is State.DRAINING and worker.requests == 0:
+            worker.link.close("it is drained")
+
+    def _connect(self, facts: EngineFacts) -> None:
+        link = Link(self._handles[facts.role], facts, self._front_end, self._on_outputs, self._lost)
+        worker = self.workers[facts.engine_id] = Worker(link)
+        task = asyncio.get_running_loop().create_task(self._await_stream(worker))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    async def _await_stream(self, worker: Worker) -> None:
+        await worker.link.up.wait()
+        if worker.link.lost is not None:
+            return
+        if problem := self._incompatible(worker.link.facts):
+            logger.error("worker %s refused: %s", worker.link.facts.engine_id, problem)
+            self.set_state(worker, State.REFUSED)
+        else:
+            self.set_state(worker, State.WARMING)
+
+    def _incompatible(self, facts: EngineFacts) -> str | None:
+        for other in self.workers.values():
+            if other.state in (State.WARMING, State.READY) and other.link.facts.role != facts.role:
+                pair = (facts, other.link.facts) if facts.role == "prefill" else (other.link.facts, facts)
+                try:
+                    check_compatible(*pair)
+                except IncompatibleEngines as problem:
+                    return str(problem)
+        return None
+
+    def _lost(self, link: Link, why: str) -> None:
+        engine_id = link.facts.engine_id
+        self.workers.pop(engine_id, None)
+        logger.warning("%s worker %s lost: %s", link.facts.role, engine_id, why)
+        self._on_lost(engine_id, why)
+        self._wake()
+
+    def _wake(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()

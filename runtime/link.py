@@ -1,0 +1,107 @@
+"""The link from one front end to one worker: legs and aborts out, step outputs in, and the worker's death noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kv_transfer.engine import EngineFacts
+from kv_transfer.worker import FRONT_END_SILENCE_S
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+    from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+
+    Command = EngineCoreRequest | list[str]
+
+logger = logging.getLogger("baton.link")
+
+HEARTBEAT_S = FRONT_END_SILENCE_S / 4
+
+
+class Link:
+    """Two tasks: one sends what is queued as one handle call at a time (so order holds and bursts batch by
+    themselves), one reads the worker's output stream. When either fails the link is lost, once and for good.
+    """
+
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        facts: EngineFacts,
+        front_end: str,
+        on_outputs: Callable[[EngineCoreOutputs], None],
+        on_lost: Callable[[Link, str], None],
+    ) -> None:
+        self.facts = facts
+        self.up = asyncio.Event()
+        self.lost: str | None = None
+        self._handle = handle
+        self._front_end = front_end
+        self._on_outputs = on_outputs
+        self._on_lost = on_lost
+        self._commands: asyncio.Queue[Command] = asyncio.Queue()
+        # Handle calls from one Serve request share an id and can be mistaken for each other: belong to none.
+        empty = contextvars.Context()
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._read(), context=empty), loop.create_task(self._write(), context=empty)]
+
+    def send(self, command: Command) -> None:
+        """Queue a leg, or the ids of legs to abort; never blocks. Does nothing once the link is lost."""
+        if self.lost is None:
+            self._commands.put_nowait(command)
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """Call a utility method of the worker's engine core."""
+        return await self._handle.call.remote(self.facts.engine_id, method, list(args))
+
+    def close(self, why: str = "closed") -> None:
+        """Lose the link on purpose; the worker aborts this front end's legs."""
+        self._lose(why)
+
+    async def _read(self) -> None:
+        stream = self._handle.options(stream=True).outputs.remote(self.facts.engine_id, self._front_end)
+        try:
+            async for batches in stream:
+                self.up.set()
+                for batch in batches:
+                    self._on_outputs(batch)
+            self._lose("its output stream ended")
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+        except Exception as error:  # any failure of the stream means the same: this worker is dead to us
+            self._lose(f"its output stream broke: {type(error).__name__}")
+
+    async def _write(self) -> None:
+        await self.up.wait()
+        try:
+            while True:
+                commands = await self._next_commands()
+                while not self._commands.empty():
+                    commands.append(self._commands.get_nowait())
+                await self._handle.exchange.remote(self.facts.engine_id, self._front_end, commands)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # as above
+            self._lose(f"it took no commands: {type(error).__name__}: {error}")
+
+    async def _next_commands(self) -> list[Command]:
+        """The next command; none after a while, which tells the worker that this front end is alive."""
+        try:
+            return [await asyncio.wait_for(self._commands.get(), HEARTBEAT_S)]
+        except TimeoutError:
+            return []
+
+    def _lose(self, why: str) -> None:
+        if self.lost is not None:
+            return
+        self.lost = why
+        self.up.set()  # whoever waits for it looks at `lost` next
+        current = asyncio.current_task()
+        for task in self._tasks:
+            if task is not current:
+                task.cancel()
+        self._on_lost(self, why)

@@ -1,0 +1,111 @@
+"""`baton serve`: start Ray if there is none, deploy, say what happens, wait for Ctrl-C, leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+from runtime.config import Config
+
+POLL_S = 1.0
+TELL_EVERY_S = 15.0
+
+
+def serve_until_stopped(config: Config, address: str | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit status (0, or 1 when the application did not come up)."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    started = time.monotonic()
+    _start_ray(config, address)
+    try:
+        _say(started, f"starting {config.model_name} on {config.prefill.replicas} prefill and "
+             f"{config.decode.replicas} decode workers ({config.engine} engines)")  # fmt: skip
+        if not _deploy(config, started, stop):
+            return 0 if stop.is_set() else 1
+        _say(started, _ready_line(config))
+        stop.wait()
+        return 0
+    finally:
+        _say(started, "stopping")
+        _stop(config, owned=address is None)
+        _say(started, "stopped")
+
+
+def _start_ray(config: Config, address: str | None) -> None:
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    import ray
+    from ray import serve
+
+    if address is None:
+        ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False, configure_logging=False)
+    else:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    serve.start(http_options={"host": config.front_end.host, "port": config.front_end.port})
+
+
+def _deploy(config: Config, started: float, stop: threading.Event) -> bool:
+    """Deploy and follow the start until it is ready, has failed or is stopped; tells each change."""
+    from ray import serve
+
+    from runtime.app import application
+
+    target = serve.RunTarget(application(config), name=config.name, route_prefix="/")
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    told: dict[str, str] = {}
+    last = time.monotonic()
+    while not stop.wait(POLL_S):
+        app = serve.status().applications.get(config.name)
+        if app is None:
+            continue
+        for name, deployment in app.deployments.items():
+            state = deployment.status.value
+            if told.get(name) != state:
+                told[name] = state
+                last = time.monotonic()
+                _say(started, f"{name}: {_in_words(state)}")
+        if app.status.value == "RUNNING":
+            return True
+        if app.status.value in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() - started > config.limits.start_timeout_s:
+            _say(started, f"the start failed: {app.message}")
+            return False
+        if time.monotonic() - last > TELL_EVERY_S:
+            last = time.monotonic()
+            waiting = ", ".join(sorted(name for name, state in told.items() if state != "HEALTHY"))
+            _say(started, f"still starting: {waiting}")
+    return False
+
+
+def _in_words(state: str) -> str:
+    return {"UPDATING": "starting", "HEALTHY": "ready", "UNHEALTHY": "unhealthy"}.get(state, state.lower())
+
+
+def _ready_line(config: Config) -> str:
+    url = f"http://{config.front_end.host}:{config.front_end.port}/v1"
+    body = f'{{"model": "{config.model_name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    return f"ready: curl {url}/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+
+
+def _say(started: float, what: str) -> None:
+    print(f"[baton {time.monotonic() - started:5.1f} s] {what}", flush=True)
+
+
+def _stop(config: Config, *, owned: bool) -> None:
+    import ray
+    from ray import serve
+
+    if owned:
+        serve.shutdown()
+    else:
+        serve.delete(config.name)
+    ray.shutdown()
+
