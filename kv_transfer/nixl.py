@@ -67,8 +67,12 @@ def check_compatible(prefill: EngineFacts, decode: EngineFacts) -> None:
 
 def check_agree(facts: Sequence[tuple[str, object, object]]) -> None:
     """Raise `IncompatibleEngines` for each `(name, prefill value, decode value)` that differs."""
-    differing = [f"{name} is {ours!r} on prefill and {theirs!r} on decode" for name, ours, theirs in facts if ours != theirs]
+    differing = [
+        f"{name} is {ours!r} on prefill and {theirs!r} on decode" for name, ours, theirs in facts if ours != theirs
+    ]
     if differing:
         raise IncompatibleEngines(
-            "prefill and decode could not exchange KV blocks: " + "; ".join(differing) + ". Give both pools the same value."
+            "prefill and decode could not exchange KV blocks: "
+            + "; ".join(differing)
+            + ". Give both pools the same value."
         )

@@ -26,9 +26,11 @@ class TransportSettings(Settings):
     )
     ucx_tls: str = Field(
         "self,sm,cma,tcp",
-        description="UCX transports (`UCX_TLS`). Add `cuda_ipc` and `cuda_copy` on GPUs, `rc` for RDMA between machines.",
+        description="UCX transports (`UCX_TLS`). Add `cuda_ipc` and `cuda_copy` on GPUs, `rc` for RDMA.",
     )
-    ucx_net_devices: str | None = Field(None, description="Network devices for UCX (`UCX_NET_DEVICES`), such as `mlx5_0:1`.")
+    ucx_net_devices: str | None = Field(
+        None, description="Network devices for UCX (`UCX_NET_DEVICES`), such as `mlx5_0:1`."
+    )
     lease_s: int = Field(
         60,
         ge=5,
@@ -43,10 +45,16 @@ class SimulatorSettings(Settings):
 
     prefill_tokens_per_s: float = Field(20_000.0, gt=0, description="Prompt tokens that an engine reads per second.")
     step_base_s: float = Field(0.005, ge=0, description="Time of a decode step with an empty batch, in seconds.")
-    step_per_request_s: float = Field(0.0002, ge=0, description="Time that each request in the batch adds to a step, in seconds.")
-    step_per_kv_token_s: float = Field(1e-8, ge=0, description="Time that each token of KV in the batch adds to a step, in seconds.")
+    step_per_request_s: float = Field(
+        0.0002, ge=0, description="Time that each request in the batch adds to a step, in seconds."
+    )
+    step_per_kv_token_s: float = Field(
+        1e-8, ge=0, description="Time that each token of KV in the batch adds to a step, in seconds."
+    )
     transfer_bytes_per_s: float = Field(10e9, gt=0, description="Bandwidth of a KV pull, in bytes per second.")
-    kv_bytes_per_token: int = Field(23_040, ge=1, description="KV bytes of one token; the default is SmolLM2-135M in bf16.")
+    kv_bytes_per_token: int = Field(
+        23_040, ge=1, description="KV bytes of one token; the default is SmolLM2-135M in bf16."
+    )
     block_tokens: int = Field(16, ge=1, description="Tokens in a KV block.")
     num_blocks: int = Field(8192, ge=2, description="KV blocks of an engine.")
     max_batch_requests: int = Field(256, ge=1, description="Requests that one step can hold.")

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
 
@@ -22,11 +22,10 @@ from kv_transfer.settings import EngineSettings
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 
-    Command = EngineCoreRequest | list[str]
+    Command: TypeAlias = EngineCoreRequest | list[str]
     """What a front end sends: a leg to run, or the ids of legs to abort."""
 
 logger = logging.getLogger("baton.worker")
-
 
 
 FRONT_END_SILENCE_S = 20.0

@@ -84,7 +84,10 @@ def placement(config: Config, role: Role) -> dict[str, Any]:
         if pool.resources:
             actor["resources"] = dict(pool.resources)
         return {"ray_actor_options": actor}
-    bundles = [{"CPU": max(pool.num_cpus, 1.0), **pool.resources}, *({"GPU": 1.0, **pool.resources} for _ in range(pool.num_gpus))]
+    bundles = [
+        {"CPU": max(pool.num_cpus, 1.0), **pool.resources},
+        *({"GPU": 1.0, **pool.resources} for _ in range(pool.num_gpus)),
+    ]
     return {"ray_actor_options": actor, "placement_group_bundles": bundles, "placement_group_strategy": "PACK"}
 
 
@@ -104,7 +107,9 @@ _running: dict[str, ASGIApp] = {}
 class FrontEndReplica:
     """A Ray Serve replica that serves the OpenAI API over both pools."""
 
-    async def __init__(self, config: dict[str, Any], prefill: DeploymentHandle, decode: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: dict[str, Any], prefill: DeploymentHandle, decode: DeploymentHandle
+    ) -> None:
         from runtime.frontend import start_front_end  # vLLM's server: only where it runs
 
         log_through_serve()
@@ -116,5 +121,3 @@ class FrontEndReplica:
         """Ray Serve's hook for a replica that goes."""
         if front_end := getattr(self, "_front_end", None):
             front_end.shutdown()
-
-

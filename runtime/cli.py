@@ -12,14 +12,18 @@ from runtime.errors import ConfigError
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="baton", description="Serve a large language model on prefill and decode pools.")
+    parser = argparse.ArgumentParser(
+        prog="baton", description="Serve a large language model on prefill and decode pools."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve until Ctrl-C, on a Ray cluster of its own or a running one")
     serve.add_argument("--config", required=True, metavar="FILE", help="settings (YAML)")
     serve.add_argument("--host", help="listen here instead of front_end.host")
     serve.add_argument("--port", type=int, help="listen here instead of front_end.port")
     serve.add_argument("--address", help="join the Ray cluster at this address (`auto` finds it)")
-    check = commands.add_parser("check", help="check settings and print them resolved, with each role's engine arguments")
+    check = commands.add_parser(
+        "check", help="check settings and print them resolved, with each role's engine arguments"
+    )
     check.add_argument("config", metavar="FILE", help="settings (YAML)")
     arguments = parser.parse_args(argv)
     try:

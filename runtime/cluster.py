@@ -7,6 +7,7 @@ first: plan, prefill, decode, settle.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import time
@@ -217,10 +218,8 @@ class Cluster(EngineCoreClient):
             _resolve(leg, output)
             return
         self._legs.pop(leg.id, None)
-        try:
+        with contextlib.suppress(InvalidHandoff):  # the abort came first: nothing is pinned
             self._release(Handoff.from_params(output.kv_transfer_params), "abandoned")
-        except InvalidHandoff:
-            pass  # the abort came first: nothing is pinned
 
     def _release(self, handoff: Handoff, reason: str) -> None:
         """Have a decode engine tell the prefill engine that nobody will pull these blocks."""

@@ -42,9 +42,13 @@ class PoolSettings(Settings):
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description="vLLM engine arguments of this pool, over the common ones."
     )
-    env: dict[str, str] = Field(default_factory=dict, description="Environment of this pool's engines, over the common one.")
+    env: dict[str, str] = Field(
+        default_factory=dict, description="Environment of this pool's engines, over the common one."
+    )
     num_gpus: int = Field(
-        0, ge=0, description="GPUs of a worker; 0 is a CPU worker. Must be tensor_parallel_size x pipeline_parallel_size."
+        0,
+        ge=0,
+        description="GPUs of a worker; 0 is a CPU worker. Must be tensor_parallel_size x pipeline_parallel_size.",
     )
     num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray reserves for a worker's own process.")
     nodes: int = Field(
@@ -57,7 +61,8 @@ class PoolSettings(Settings):
         default_factory=dict, description="Ray node labels that a worker's node must have, such as `pool: decode`."
     )
     threads: int | Literal["auto"] = Field(
-        "auto", description="OpenMP threads of a CPU engine; `auto` shares the machine's cores evenly among all engines."
+        "auto",
+        description="OpenMP threads of a CPU engine; `auto` shares the machine's cores evenly among all engines.",
     )
 
 
@@ -68,24 +73,34 @@ class FrontEndSettings(Settings):
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
     replicas: int = Field(1, ge=1, description="Front-end processes.")
     api_keys_file: str | None = Field(
-        None, description="File with one API key a line. With keys, every request but health, metrics and version needs one."
+        None,
+        description="File with one API key a line. With keys, every request but health, metrics and version needs one.",
     )
-    api_keys_env: str | None = Field(None, description="Name of an environment variable with API keys, separated by commas.")
+    api_keys_env: str | None = Field(
+        None, description="Name of an environment variable with API keys, separated by commas."
+    )
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body, in bytes.")
     max_requests: int = Field(4096, ge=1, description="Requests that one front end works on at a time; more get a 503.")
     tool_call_parser: str | None = Field(None, description="vLLM's tool call parser for the model, such as `hermes`.")
-    reasoning_parser: str | None = Field(None, description="vLLM's reasoning parser for the model, such as `deepseek_r1`.")
+    reasoning_parser: str | None = Field(
+        None, description="vLLM's reasoning parser for the model, such as `deepseek_r1`."
+    )
     chat_template: str | None = Field(None, description="A chat template (file) in place of the model's own.")
     args: list[str] = Field(
-        default_factory=list, description="Further command-line arguments of vLLM's OpenAI server, such as `--max-logprobs=50`."
+        default_factory=list,
+        description="Further command-line arguments of vLLM's OpenAI server, such as `--max-logprobs=50`.",
     )
 
 
 class LimitSettings(Settings):
     """Bounds and budgets."""
 
-    retry_budget: int = Field(2, ge=0, le=10, description="How often a request is planned again after a worker was lost.")
-    start_timeout_s: float = Field(1800.0, gt=0, description="How long a start may take before it is given up, in seconds.")
+    retry_budget: int = Field(
+        2, ge=0, le=10, description="How often a request is planned again after a worker was lost."
+    )
+    start_timeout_s: float = Field(
+        1800.0, gt=0, description="How long a start may take before it is given up, in seconds."
+    )
 
 
 class Config(Settings):
@@ -97,7 +112,9 @@ class Config(Settings):
         "`demo` is SmolLM2-135M-Instruct, prepared by `make setup`.",
     )
     revision: str | None = Field(None, description="Revision of the model on the Hub.")
-    served_model_name: str | None = Field(None, description="The model id that clients use; by default the last part of `model`.")
+    served_model_name: str | None = Field(
+        None, description="The model id that clients use; by default the last part of `model`."
+    )
     name: str = Field("baton", pattern=r"^[a-z0-9][a-z0-9-]*$", description="Name of the Ray Serve application.")
     engine: Literal["vllm", "simulated"] = Field("vllm", description="Real vLLM engine cores, or simulated ones.")
     engine_args: dict[str, Any] = Field(default_factory=dict, description="vLLM engine arguments of both pools.")

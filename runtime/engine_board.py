@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-Listener = Callable[[list[dict[str, Any]]], None]
+Listener = Callable[[list[dict[str, Any]]], object]
 
 _lock = threading.Lock()
 _engines: dict[tuple[str, str], list[dict[str, Any]]] = {}

@@ -1,10 +1,10 @@
 """Baton's errors, in one tree, and what each means to a client (`STATUS`).
 
-    BatonError
-    ├── ConfigError            the settings are wrong; the message says what to change
-    ├── WorkerLost             the worker of a leg is gone
-    ├── PullFailed             the decode engine could not get the blocks
-    └── Refusal                a typed "no" to a client, before the response starts
+BatonError
+├── ConfigError            the settings are wrong; the message says what to change
+├── WorkerLost             the worker of a leg is gone
+├── PullFailed             the decode engine could not get the blocks
+└── Refusal                a typed "no" to a client, before the response starts
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from kv_transfer.engine import EngineFacts
 from kv_transfer.nixl import IncompatibleEngines, check_compatible
-from runtime.link import Link
 from runtime.engine_board import subscribe
+from runtime.link import Link
 from runtime.policy.types import Snapshot, WorkerView
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Fleet:
         """Begin to follow Ray Serve's news of both pools."""
         loop = asyncio.get_running_loop()
 
-        def listener(role: str) -> Callable[[list[dict[str, Any]]], None]:
+        def listener(role: str) -> Callable[[list[dict[str, Any]]], object]:
             return lambda engines: loop.call_soon_threadsafe(self._update, role, engines)
 
         for role, handle in self._handles.items():
@@ -127,9 +127,7 @@ class Fleet:
             worker.link.close()
 
     def _ready(self, role: str) -> tuple[WorkerView, ...]:
-        return tuple(
-            w.view() for w in self.workers.values() if w.state is State.READY and w.link.facts.role == role
-        )
+        return tuple(w.view() for w in self.workers.values() if w.state is State.READY and w.link.facts.role == role)
 
     def _update(self, role: str, engines: list[dict[str, Any]]) -> None:
         present = {facts["engine_id"]: EngineFacts(**facts) for facts in engines}

@@ -181,11 +181,15 @@ class Edge:
                 await self._too_large(send)
 
     async def _too_large(self, send: Send) -> None:
-        await _refuse(send, "body_too_large", f"The body is larger than this server's limit of {self._max_body_bytes} bytes.")
+        await _refuse(
+            send, "body_too_large", f"The body is larger than this server's limit of {self._max_body_bytes} bytes."
+        )
 
     def _known(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        key = key if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")  # Anthropic clients send the latter
+        key = (
+            key if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        )  # Anthropic clients send the latter
         digest = hashlib.sha256(key.strip()).digest()
         # No early exit: the time must not tell which key came near.
         return sum(hmac.compare_digest(digest, known) for known in self._keys) > 0

@@ -13,9 +13,9 @@ from kv_transfer.worker import FRONT_END_SILENCE_S
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
-    from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+    from vllm.v1.engine import EngineCoreOutputs
 
-    Command = EngineCoreRequest | list[str]
+    from kv_transfer.worker import Command
 
 logger = logging.getLogger("baton.link")
 

@@ -9,7 +9,6 @@ Serve pickles this module by value into every process: state that is shared with
 
 from __future__ import annotations
 
-
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.request_router import RequestRouter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -75,7 +76,10 @@ def _deploy(config: Config, started: float, stop: threading.Event) -> bool:
                 _say(started, f"{name}: {_in_words(state)}")
         if app.status.value == "RUNNING":
             return True
-        if app.status.value in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() - started > config.limits.start_timeout_s:
+        if (
+            app.status.value in ("DEPLOY_FAILED", "UNHEALTHY")
+            or time.monotonic() - started > config.limits.start_timeout_s
+        ):
             _say(started, f"the start failed: {app.message}")
             return False
         if time.monotonic() - last > TELL_EVERY_S:
@@ -91,7 +95,8 @@ def _in_words(state: str) -> str:
 
 def _ready_line(config: Config) -> str:
     url = f"http://{config.front_end.host}:{config.front_end.port}/v1"
-    body = f'{{"model": "{config.model_name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    question = "What is the capital of France?"
+    body = json.dumps({"model": config.model_name, "messages": [{"role": "user", "content": question}]})
     return f"ready: curl {url}/chat/completions -H 'Content-Type: application/json' -d '{body}'"
 
 
@@ -108,4 +113,3 @@ def _stop(config: Config, *, owned: bool) -> None:
     else:
         serve.delete(config.name)
     ray.shutdown()
-

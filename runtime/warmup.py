@@ -33,7 +33,12 @@ def cases() -> Iterator[SamplingParams]:
     yield SamplingParams(max_tokens=3, temperature=0.0, output_kind=final)
     yield SamplingParams(max_tokens=3, temperature=1.0, top_p=0.9, top_k=20, min_p=0.01, seed=7, output_kind=final)
     yield SamplingParams(
-        max_tokens=3, presence_penalty=0.5, frequency_penalty=0.5, repetition_penalty=1.1, min_tokens=2, output_kind=final
+        max_tokens=3,
+        presence_penalty=0.5,
+        frequency_penalty=0.5,
+        repetition_penalty=1.1,
+        min_tokens=2,
+        output_kind=final,
     )
     yield SamplingParams(max_tokens=3, logprobs=5, logit_bias={1: 1.0}, output_kind=final)
     yield SamplingParams(max_tokens=2, prompt_logprobs=1, output_kind=final)
@@ -96,8 +101,7 @@ class Warmer:
         self._count += 1
         request_id = f"warm-up-{self._count}"
         self._cluster.pin(request_id, plan)
-        last = None
-        async for last in self._llm.generate(TokensPrompt(prompt_token_ids=PROMPT), params, request_id):
-            pass
-        if last is None or last.outputs[0].finish_reason == "error":
+        prompt = TokensPrompt(prompt_token_ids=PROMPT)
+        reasons = [step.outputs[0].finish_reason async for step in self._llm.generate(prompt, params, request_id)]
+        if not reasons or reasons[-1] == "error":
             raise RuntimeError(f"warm-up of {plan} failed")

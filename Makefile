@@ -1,0 +1,57 @@
+# The README's commands. `make help` lists them.
+PY := .venv/bin/python
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+CONFIG ?= $(if $(GPU),deploy/config/gpu.yaml,deploy/config/demo.yaml)
+
+.PHONY: setup serve serve-sim test test-unit test-serve test-engine check lint format lock docs clean help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+setup: ## install everything and prepare the demo model (quick the second time)
+	@scripts/setup.sh
+
+serve: setup ## serve the demo model on one prefill and one decode worker; CONFIG=FILE for another
+	@exec .venv/bin/baton serve --config $(CONFIG)
+
+serve-sim: setup ## the same on simulated engines: up in seconds
+	@exec .venv/bin/baton serve --config deploy/config/sim.yaml
+
+test: setup lint test-unit test-serve test-engine ## everything: lint, unit, Ray with simulated engines, real engines
+
+test-unit: ## pure tests, no Ray
+	@echo "== unit tests"
+	@$(PY) -m pytest tests/unit -q
+
+test-serve: ## real Ray Serve with simulated engines
+	@echo "== Ray Serve with simulated engines"
+	@$(PY) -m pytest tests/serve -q
+
+test-engine: ## real vLLM engines
+	@echo "== real vLLM engines"
+	@$(PY) -m pytest tests/engine -q
+
+check: lint test-unit ## what to run before each commit
+
+lint: ## ruff, mypy, import-linter, generated docs up to date
+	@echo "== lint"
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+
+format: ## format the code
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+docs: ## write docs/configuration.md from the code
+	@$(PY) -m runtime.config_reference > docs/configuration.md
+
+lock: ## resolve requirements/cpu.lock anew (needs uv)
+	uv pip compile requirements/cpu.in --override requirements/overrides.txt --generate-hashes --python-version 3.11 \
+	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+	  --index https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match -o requirements/cpu.lock
+
+clean: ## remove the environment and all caches of the project
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,97 @@
+"""The block cache of a simulated engine: content-addressed, reference-counted, least recently used goes first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+BlockKey = Hashable
+
+
+@dataclass(frozen=True)
+class BlocksStored:
+    """Full blocks that can be hit from now on, in the order of their chain."""
+
+    keys: tuple[BlockKey, ...]
+
+
+@dataclass(frozen=True)
+class BlocksRemoved:
+    """Blocks that were evicted."""
+
+    keys: tuple[BlockKey, ...]
+
+
+KvEvent = BlocksStored | BlocksRemoved
+
+
+def block_keys(tokens: Sequence[int], block_tokens: int, salt: Hashable = None) -> list[BlockKey]:
+    """The keys of the full blocks of `tokens`: each is the hash of its tokens and of its parent's key."""
+    keys: list[BlockKey] = []
+    parent: BlockKey = salt
+    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
+        parent = hash((parent, tuple(tokens[start : start + block_tokens])))
+        keys.append(parent)
+    return keys
+
+
+@dataclass
+class BlockCache:
+    """`capacity` blocks, each held by some requests or free; free ones with a content key can be hit again."""
+
+    capacity: int
+    on_event: Callable[[KvEvent], None] | None = None
+    _held: dict[BlockKey, int] = field(default_factory=dict)
+    _free: OrderedDict[BlockKey, None] = field(default_factory=OrderedDict)
+
+    @property
+    def held(self) -> int:
+        """Blocks that somebody holds."""
+        return len(self._held)
+
+    def hits(self, keys: Sequence[BlockKey]) -> int:
+        """How many of the first `keys` are here."""
+        for count, key in enumerate(keys):
+            if key not in self._held and key not in self._free:
+                return count
+        return len(keys)
+
+    def hold(self, keys: Sequence[BlockKey]) -> bool:
+        """Take a reference on every block of `keys`, making room as needed. All or nothing."""
+        fresh = [key for key in keys if key not in self._held]
+        if len(self._held) + len(fresh) > self.capacity:
+            return False
+        stored = tuple(key for key in fresh if key not in self._free)
+        for key in keys:
+            self._free.pop(key, None)
+            self._held[key] = self._held.get(key, 0) + 1
+        self._evict()
+        self._tell(BlocksStored(stored))
+        return True
+
+    def release(self, keys: Sequence[BlockKey]) -> None:
+        """Give back what `hold` took. Later blocks of a chain are evicted before earlier ones."""
+        for key in reversed(keys):
+            self._held[key] -= 1
+            if not self._held[key]:
+                del self._held[key]
+                self._free[key] = None
+
+    def clear(self) -> bool:
+        """Forget all free blocks; False, and nothing happens, while any block is held."""
+        if self._held:
+            return False
+        self._tell(BlocksRemoved(tuple(self._free)))
+        self._free.clear()
+        return True
+
+    def _evict(self) -> None:
+        removed = []
+        while len(self._held) + len(self._free) > self.capacity:
+            removed.append(self._free.popitem(last=False)[0])
+        self._tell(BlocksRemoved(tuple(removed)))
+
+    def _tell(self, event: KvEvent) -> None:
+        if self.on_event is not None and event.keys:
+            self.on_event(event)

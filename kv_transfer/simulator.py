@@ -1,0 +1,390 @@
+"""A simulated engine core with real roles: queues, steps, KV blocks, handoffs and faults, but no model.
+
+For tests and planning. It stands behind the same interface as a real engine (`kv_transfer.engine.Engine`) and speaks
+the same records. Its text is a pure function of the tokens before, so that a stream that is continued elsewhere from
+prompt and answer goes on identically. Grammars are not followed: structured output gets ordinary tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kv_transfer.engine import EngineDied, EngineError, EngineFacts
+from kv_transfer.handoff import KV_PARAMS
+from kv_transfer.settings import EngineSettings
+from kv_transfer.sim_cache import BlockCache, BlockKey, block_keys
+from kv_transfer.sim_transfer import TransferServer, settle_remote
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+
+FIRST_TOKEN = 1000
+"""Below this are a tokenizer's control tokens."""
+
+_MASK = (1 << 61) - 1
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request in the engine."""
+
+    request: EngineCoreRequest
+    params: dict[str, Any]  # KV transfer parameters
+    keys: list[BlockKey]  # content keys of the prompt's full blocks
+    seed: int  # rolling hash of all tokens so far
+    held: list[BlockKey] = field(default_factory=list)
+    cached: int = 0  # prompt tokens found in this engine's cache
+    pulled: int = 0  # prompt tokens that came from a prefill engine
+    read: int = 0  # prompt tokens whose KV is here
+    made: int = 0  # tokens of the answer
+    fetch: asyncio.Task[None] | None = None
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.request.prompt_token_ids or []
+
+
+@dataclass
+class Faults:
+    """What goes wrong on purpose."""
+
+    dead: bool = False
+    hang: bool = False
+    fail_pulls: int = 0
+    slow: float = 1.0
+
+
+class SimulatedEngine:
+    """An engine core of one role, in this process and event loop."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        shape = json.loads((Path(settings.model) / "config.json").read_text())
+        self._settings = settings
+        self._sim = settings.simulator
+        self._vocab = int(shape["vocab_size"])
+        self._window = int(settings.args.get("max_model_len") or shape["max_position_embeddings"])
+        self._cache = BlockCache(self._sim.num_blocks)
+        self._waiting: deque[_Request] = deque()
+        self._running: list[_Request] = []
+        self._fetching: set[_Request] = set()
+        self._handoffs: dict[str, tuple[_Request, asyncio.TimerHandle]] = {}
+        self._outputs: asyncio.Queue[EngineCoreOutputs | None] = asyncio.Queue()
+        self._work = asyncio.Event()
+        self._background: set[asyncio.Task[Any]] = set()
+        self._engine_id = uuid.uuid4().hex
+        self._server = TransferServer(self._engine_id, self._give_up)
+        self.faults = Faults()
+        self.leases_expired = self.pulls = self.pulled_bytes = 0
+        self.facts: EngineFacts
+
+    @classmethod
+    async def start(cls, settings: EngineSettings) -> SimulatedEngine:
+        """Start an engine; it listens for pulls on the transport's host."""
+        engine = cls(settings)
+        host = "127.0.0.1" if settings.transport.host == "auto" else settings.transport.host
+        engine.facts = EngineFacts(
+            engine_id=engine._engine_id,
+            role=settings.role,
+            model=settings.model,
+            dtype=str(settings.args.get("dtype", "auto")),
+            cache_dtype=str(settings.args.get("kv_cache_dtype", "auto")),
+            block_tokens=engine._sim.block_tokens,
+            tensor_parallel=int(settings.args.get("tensor_parallel_size", 1)),
+            max_model_len=engine._window,
+            num_blocks=engine._sim.num_blocks,
+            kv_host=host,
+            kv_port=await engine._server.start(host),
+        )
+        engine._spawn(engine._run())
+        return engine
+
+    # The engine's interface
+
+    async def add(self, request: EngineCoreRequest) -> None:
+        """See `Engine.add`."""
+        sampling = request.sampling_params
+        params = dict((sampling.extra_args or {}).get(KV_PARAMS) or {}) if sampling else {}
+        if request.abort_immediately:
+            self._spawn(settle_remote(params))
+            return
+        prompt = request.prompt_token_ids or []
+        salt = (request.cache_salt, request.lora_request.lora_name if request.lora_request else None)
+        entry = _Request(request, params, block_keys(prompt, self._sim.block_tokens, salt), _fold(0, prompt))
+        self._waiting.append(entry)
+        self._work.set()
+
+    async def abort(self, request_ids: list[str]) -> None:
+        """See `Engine.abort`."""
+        wanted = set(request_ids)
+        for entry in [*self._waiting, *self._running, *self._fetching]:
+            if entry.request.request_id in wanted:
+                self._drop(entry)
+                if entry.params.get("do_remote_prefill") and not entry.read:
+                    self._spawn(settle_remote(entry.params))
+
+    async def outputs(self) -> EngineCoreOutputs:
+        """See `Engine.outputs`."""
+        outputs = None if self.faults.dead else await self._outputs.get()
+        if outputs is None:
+            raise EngineDied("the simulated engine core died")
+        return outputs
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """See `Engine.call`; also `state` and `inject_fault(name, value)`."""
+        if method == "reset_prefix_cache":
+            return self._cache.clear()
+        if method == "state":
+            return self.state()
+        if method == "inject_fault":
+            return self._inject(*args)
+        if method in ("reset_mm_cache", "reset_encoder_cache"):
+            return None
+        if method == "list_loras":
+            return set()
+        raise EngineError(f"the simulated engine has no {method}")
+
+    def state(self) -> dict[str, int]:
+        """Counts of what is in the engine and what it has done."""
+        return {
+            "waiting": len(self._waiting),
+            "running": len(self._running),
+            "fetching": len(self._fetching),
+            "blocks_held": self._cache.held,
+            "handoffs": len(self._handoffs),
+            "leases_expired": self.leases_expired,
+            "pulls": self.pulls,
+            "pulled_bytes": self.pulled_bytes,
+        }
+
+    def vllm_config(self) -> Any:
+        """See `Engine.vllm_config`: built on this machine's platform, without an engine."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        config = AsyncEngineArgs(model=self._settings.model, **self._settings.args).create_engine_config()
+        config.cache_config.block_size = self._sim.block_tokens
+        return config
+
+    def shutdown(self) -> None:
+        """See `Engine.shutdown`."""
+        self._server.close()
+        for task in self._background:
+            task.cancel()
+        for _, lease in self._handoffs.values():
+            lease.cancel()
+
+    # Steps
+
+    async def _run(self) -> None:
+        """Admit, step, repeat; sleep when there is nothing to do."""
+        while not self.faults.dead:
+            self._admit()
+            if not self._running or self.faults.hang:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            readers = self._readers()
+            seconds = self._step_s(sum(tokens for _, tokens in readers))
+            await asyncio.sleep(0 if self._sim.zero_time else seconds * self.faults.slow)
+            outputs = self._step(readers)
+            if outputs and not self.faults.dead:
+                self._emit(outputs)
+
+    def _admit(self) -> None:
+        """Move waiting requests to the batch while there are places and blocks; pulls start here."""
+        while self._waiting and len(self._running) + len(self._fetching) < self._sim.max_batch_requests:
+            entry = self._waiting[0]
+            cached = min(self._cache.hits(entry.keys) * self._sim.block_tokens, max(0, len(entry.prompt) - 1))
+            tail = max(0, -(-len(entry.prompt) // self._sim.block_tokens) - len(entry.keys))
+            held = [*entry.keys, *((entry.request.request_id, i) for i in range(tail + self._answer_blocks(entry)))]
+            if not self._cache.hold(held):
+                if not self._running and not self._fetching and not self._handoffs:
+                    self._waiting.popleft()  # it will never fit
+                    self._emit([self._error(entry)])
+                    continue
+                return
+            self._waiting.popleft()
+            entry.held, entry.cached, entry.read = held, cached, cached
+            if entry.params.get("do_remote_prefill"):
+                self._fetching.add(entry)
+                entry.fetch = self._spawn(self._pull(entry))
+            else:
+                self._running.append(entry)
+
+    def _answer_blocks(self, entry: _Request) -> int:
+        """Blocks for the answer, reserved at once: a simulated engine makes requests wait and never preempts."""
+        sampling = entry.request.sampling_params
+        tokens = min((sampling.max_tokens if sampling else 1) or 1, self._window - len(entry.prompt))
+        return -(-tokens // self._sim.block_tokens)
+
+    def _readers(self) -> list[tuple[_Request, int]]:
+        """Which requests read how many prompt tokens in this step (chunked prefill, first come first served)."""
+        budget, readers = self._sim.max_step_tokens, []
+        for entry in self._running:
+            rest = min(len(entry.prompt) - entry.read, budget)
+            if rest > 0:
+                readers.append((entry, rest))
+                budget -= rest
+        return readers
+
+    def _step_s(self, prompt_tokens: int) -> float:
+        kv_tokens = sum(entry.read + entry.made for entry in self._running)
+        return (
+            self._sim.step_base_s
+            + self._sim.step_per_request_s * len(self._running)
+            + self._sim.step_per_kv_token_s * kv_tokens
+            + prompt_tokens / self._sim.prefill_tokens_per_s
+        )
+
+    def _step(self, readers: list[tuple[_Request, int]]) -> list[EngineCoreOutput]:
+        for entry, tokens in readers:
+            entry.read += tokens
+        done = [entry for entry in self._running if entry.read >= len(entry.prompt)]
+        return [self._token(entry) for entry in done]
+
+    def _token(self, entry: _Request) -> EngineCoreOutput:
+        """The next token of a request, and its end if this is the last."""
+        from vllm.v1.engine import EngineCoreOutput, FinishReason
+        from vllm.v1.metrics.stats import PrefillStats
+
+        token = FIRST_TOKEN + (entry.seed >> 13) % (self._vocab - FIRST_TOKEN)
+        entry.seed = _fold(entry.seed, [token])
+        entry.made += 1
+        output = EngineCoreOutput(request_id=entry.request.request_id, new_token_ids=[token])
+        if entry.made == 1:
+            output.prefill_stats = PrefillStats()
+            output.prefill_stats.set(len(entry.prompt), entry.cached, entry.pulled)
+        sampling = entry.request.sampling_params
+        limit = (sampling.max_tokens if sampling else 1) or 1
+        if sampling and token in (sampling.stop_token_ids or ()) and entry.made > (sampling.min_tokens or 0):
+            output.finish_reason, output.stop_reason = FinishReason.STOP, token
+        elif entry.made >= limit or len(entry.prompt) + entry.made >= self._window:
+            output.finish_reason = FinishReason.LENGTH
+        if sampling and sampling.logprobs is not None:
+            output.new_logprobs = _logprobs(token, sampling.logprobs)
+        if output.finish_reason is not None:
+            self._finish(entry, output)
+        return output
+
+    def _finish(self, entry: _Request, output: EngineCoreOutput) -> None:
+        if entry.params.get("do_remote_decode"):
+            self._running.remove(entry)
+            output.kv_transfer_params = self._hand_over(entry)
+        else:
+            self._drop(entry)
+
+    def _drop(self, entry: _Request) -> None:
+        """Take a request out of wherever it is and free its blocks."""
+        if entry in self._waiting:
+            self._waiting.remove(entry)
+        if entry in self._running:
+            self._running.remove(entry)
+        self._fetching.discard(entry)
+        if entry.fetch is not None and entry.fetch is not asyncio.current_task():
+            entry.fetch.cancel()
+        self._cache.release(entry.held)
+        entry.held = []
+        self._work.set()
+
+    def _emit(self, outputs: list[EngineCoreOutput]) -> None:
+        from vllm.v1.engine import EngineCoreOutputs
+
+        self._outputs.put_nowait(EngineCoreOutputs(outputs=outputs))
+
+    # Handoffs
+
+    def _hand_over(self, entry: _Request) -> dict[str, Any]:
+        """Pin the blocks of a finished prefill until they are pulled, released, or the lease ends."""
+        request_id, lease_s = entry.request.request_id, self._settings.transport.lease_s
+        timer = asyncio.get_running_loop().call_later(lease_s, self._expire, request_id)
+        self._handoffs[request_id] = (entry, timer)
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_block_ids": [list(range(len(entry.held)))],
+            "remote_engine_id": self._engine_id,
+            "remote_request_id": request_id,
+            "remote_host": self.facts.kv_host,
+            "remote_port": self.facts.kv_port,
+            "tp_size": 1,
+            "remote_num_tokens": len(entry.prompt),
+            "remote_blocks_expiry_time": time.time() + lease_s,
+            "remote_prefill_cached_tokens": entry.cached,
+        }
+
+    def _give_up(self, request_id: str) -> int | None:
+        found = self._handoffs.pop(request_id, None)
+        if found is None or self.faults.dead:
+            return None
+        entry, timer = found
+        timer.cancel()
+        self._drop(entry)
+        return len(entry.prompt)
+
+    def _expire(self, request_id: str) -> None:
+        if self._give_up(request_id) is not None:
+            self.leases_expired += 1
+
+    async def _pull(self, entry: _Request) -> None:
+        """Fetch the blocks that are not here; all but the last prompt token, whose logits nobody else has."""
+        tokens = max(0, len(entry.prompt) - 1 - entry.cached)
+        size = tokens * self._sim.kv_bytes_per_token
+        if not self._sim.zero_time:
+            await asyncio.sleep(size / self._sim.transfer_bytes_per_s * self.faults.slow)
+        failed = self.faults.fail_pulls > 0
+        self.faults.fail_pulls -= failed
+        if failed or not await settle_remote(entry.params):
+            self._drop(entry)
+            self._emit([self._error(entry)])
+            return
+        self.pulls += 1
+        self.pulled_bytes += size
+        entry.pulled, entry.read = tokens, entry.cached + tokens
+        self._fetching.discard(entry)
+        self._running.append(entry)
+        self._work.set()
+
+    def _error(self, entry: _Request) -> EngineCoreOutput:
+        from vllm.v1.engine import EngineCoreOutput, FinishReason
+
+        return EngineCoreOutput(entry.request.request_id, [], finish_reason=FinishReason.ERROR)
+
+    # Faults
+
+    def _inject(self, name: str, value: Any) -> None:
+        if name not in Faults.__dataclass_fields__:
+            raise EngineError(f"no fault {name}; there are {', '.join(Faults.__dataclass_fields__)}")
+        setattr(self.faults, name, value)
+        if self.faults.dead:
+            self._server.close()
+            self._outputs.put_nowait(None)
+        self._work.set()
+
+    def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+def _fold(seed: int, tokens: list[int]) -> int:
+    """A rolling hash over token ids (polynomial, 61 bits)."""
+    for token in tokens:
+        seed = (seed * 1_000_003 + token + 1) & _MASK
+    return seed
+
+
+def _logprobs(token: int, count: int) -> Any:
+    """Made-up logprobs: the token first, then its neighbours, halving each time."""
+    import numpy as np
+    from vllm.v1.outputs import LogprobsLists
+
+    ids = np.array([[token + i for i in range(count + 1)]], dtype=np.int32)
+    values = np.array([[-0.7 * (i + 1) for i in range(count + 1)]], dtype=np.float32)
+    return LogprobsLists(ids, values, np.array([0], dtype=np.int32))
