@@ -7,8 +7,8 @@ The one place that drives vLLM's `EngineCoreClient` from the worker's side. It i
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from kv_transfer.engine import EngineDied, EngineFacts, EngineStartFailed
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from vllm.v1.engine.core_client import AsyncMPClient
 
 
+NIXL_COUNTS = {
+    "bytes_transferred": "pulled_bytes",
+    "num_failed_transfers": "failed_transfers",
+    "num_failed_handshakes": "failed_handshakes",
+    "num_kv_expired_reqs": "leases_expired",
+}
+"""The connector's statistics (lists of values since the last step) and the names of their sums here."""
+
+
 class VllmEngine:
     """One vLLM engine core with the NIXL connector of its role."""
 
@@ -29,6 +38,7 @@ class VllmEngine:
         self.facts = facts
         self._client = client
         self._config = config
+        self._counts: Counter[str] = Counter()
 
     @classmethod
     async def start(cls, settings: EngineSettings) -> VllmEngine:
@@ -67,17 +77,36 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return await self._client.get_output_async()
+            outputs = await self._client.get_output_async()
         except EngineDeadError as error:
             raise EngineDied(f"the {self.facts.role} engine core died") from error
+        self._count(outputs)
+        return outputs
+
+    def _count(self, outputs: EngineCoreOutputs) -> None:
+        counts = self._counts
+        for output in outputs.outputs:
+            if output.prefill_stats is not None:
+                counts["prompt_tokens_computed"] += output.prefill_stats.num_computed_tokens
+                counts["prompt_tokens_pulled"] += output.prefill_stats.num_external_cached_tokens
+        stats = outputs.scheduler_stats
+        if stats is None:
+            return
+        counts["running"], counts["waiting"] = stats.num_running_reqs, stats.num_waiting_reqs
+        for name, values in (stats.kv_connector_stats or {}).items():
+            if name in NIXL_COUNTS:
+                counts[NIXL_COUNTS[name]] += int(sum(values))
+                counts["pulls"] += len(values) if name == "bytes_transferred" else 0
 
     async def call(self, method: str, *args: Any) -> Any:
-        """See `Engine.call`."""
+        """See `Engine.call`; also `state`, the counts of what this engine has done."""
+        if method == "state":
+            return dict(self._counts)
         return await getattr(self._client, f"{method}_async")(*args)
 
     def vllm_config(self) -> VllmConfig:
         """See `Engine.vllm_config`."""
-        return copy.copy(self._config)
+        return self._config
 
     def shutdown(self) -> None:
         """See `Engine.shutdown`."""

@@ -128,9 +128,10 @@ class EngineWorker:
                 del self._front_ends[front_end]
             await self._abort(list(peer.legs))
 
-    async def call(self, engine_id: str, method: str, args: list[Any]) -> Any:
-        """Call a utility method of the engine core."""
-        self._check(engine_id)
+    async def call(self, engine_id: str | None, method: str, args: list[Any]) -> Any:
+        """Call a utility method of the engine core; `None` asks whichever worker answers."""
+        if engine_id is not None:
+            self._check(engine_id)
         return await self.engine.call(method, *args)
 
     async def describe(self, engine_id: str | None) -> Any:

@@ -173,6 +173,7 @@ class Config(Settings):
     def engine_settings(self, role: Role) -> EngineSettings:
         """The slice of a worker: everything its engine needs, resolved but for the node's address."""
         pool, args = self.pool(role), self.args_of(role)
+        args["served_model_name"] = [self.model_name]
         if self.revision is not None:
             args["revision"] = self.revision
         if pool.nodes > 1:

@@ -1,0 +1,128 @@
+"""What the suites share: Baton as a user starts it, and the proof that nothing of it stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parent.parent
+MODEL = "SmolLM2-135M-Instruct"
+MARK = "BATON_TEST_RUN"
+
+
+def free_port() -> int:
+    """A TCP port on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def marked(mark: str) -> list[str]:
+    """Command lines of living processes that carry `mark` in their environment."""
+    found = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            environ = (proc / "environ").read_bytes()
+            state = (proc / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            if f"{MARK}={mark}".encode() in environ and state != "Z":
+                found.append((proc / "cmdline").read_text().replace("\0", " ")[:100])
+        except OSError:
+            continue  # it ended while we looked, or is a kernel thread
+    return found
+
+
+@dataclass
+class Server:
+    """A running `baton serve`."""
+
+    process: subprocess.Popen[str]
+    url: str
+    mark: str
+    lines: list[str]
+    start_s: float
+    client: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = httpx.Client(base_url=self.url, timeout=120)
+
+    def post(self, path: str, body: Any, **kwargs: Any) -> httpx.Response:
+        """POST `body` as JSON."""
+        return self.client.post(path, json=body, **kwargs)
+
+    def complete(self, prompt: Any, **params: Any) -> dict[str, Any]:
+        """A text completion that must succeed."""
+        response = self.post("/v1/completions", {"model": MODEL, "prompt": prompt, **params})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def chat(self, content: str, **params: Any) -> dict[str, Any]:
+        """A chat completion that must succeed."""
+        messages = [{"role": "user", "content": content}]
+        response = self.post("/v1/chat/completions", {"model": MODEL, "messages": messages, **params})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+
+@contextmanager
+def baton_serve(config: Path, *, timeout_s: float = 400, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """`baton serve --config CONFIG` until the block ends; then Ctrl-C, and no process of it may be left."""
+    mark, port, started = uuid.uuid4().hex, free_port(), time.monotonic()
+    command = [str(Path(sys.executable).parent / "baton"), "serve", "--config", str(config), "--port", str(port)]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **(env or {}), MARK: mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    lines: list[str] = []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if "ready: curl" in line:
+                break
+            assert time.monotonic() - started < timeout_s, "\n".join(lines)
+        assert lines and "ready: curl" in lines[-1], "baton serve did not get ready:\n" + "\n".join(lines)
+        server = Server(process, f"http://127.0.0.1:{port}", mark, lines, time.monotonic() - started)
+        yield server
+        server.client.close()
+    finally:
+        stop(process, mark)
+        process.stdout.close()
+
+
+def stop(process: subprocess.Popen[str], mark: str) -> None:
+    """Ctrl-C, and everything that carries the mark must be gone soon."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(60)
+        deadline = time.monotonic() + 15
+        while (left := marked(mark)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not left, f"processes left behind: {left}"
+        assert process.returncode == 0, f"baton serve ended with {process.returncode}"
+    finally:
+        for proc in Path("/proc").glob("[0-9]*"):  # after a failure, so that the next suite starts clean
+            try:
+                if f"{MARK}={mark}".encode() in (proc / "environ").read_bytes():
+                    os.kill(int(proc.name), signal.SIGKILL)
+            except OSError:
+                continue

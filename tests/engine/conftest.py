@@ -1,0 +1,36 @@
+"""One server with real engines for the whole suite: they take a minute to start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import ROOT, Server, baton_serve
+from tests.pools import Pools
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """`make serve` as a user runs it. After the suite no engine holds a block and no process is left."""
+    with baton_serve(ROOT / "deploy/config/demo.yaml") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def pools(server: Server) -> Iterator[Pools]:
+    """The workers behind the server."""
+    pools = Pools()
+    yield pools
+    left = pools.wait_until_free(5)
+    pools.close()
+    assert not left, f"blocks are still held after the suite by {left}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_held(pools: Pools) -> Iterator[None]:
+    """Every test starts with empty caches and leaves nothing pinned."""
+    assert not pools.wait_until_free(5), "blocks were held before the test"
+    yield
+    left = pools.wait_until_free(5)
+    assert not left, f"blocks are still held after the test by {left}"
