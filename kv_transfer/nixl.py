@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from kv_transfer.engine import EngineFacts
@@ -42,9 +44,15 @@ def transport_env(transport: TransportSettings, host: str, port: int) -> dict[st
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
         "UCX_TLS": transport.ucx_tls,
     }
-    if transport.ucx_net_devices:
-        env["UCX_NET_DEVICES"] = transport.ucx_net_devices
+    if devices := transport.ucx_net_devices or ("lo" if _is_loopback(host) else None):
+        env["UCX_NET_DEVICES"] = devices
     return env
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def free_port(host: str) -> int:

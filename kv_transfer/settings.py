@@ -29,7 +29,9 @@ class TransportSettings(Settings):
         description="UCX transports (`UCX_TLS`). Add `cuda_ipc` and `cuda_copy` on GPUs, `rc` for RDMA.",
     )
     ucx_net_devices: str | None = Field(
-        None, description="Network devices for UCX (`UCX_NET_DEVICES`), such as `mlx5_0:1`."
+        None,
+        description="Network devices for UCX (`UCX_NET_DEVICES`), such as `mlx5_0:1`. By default `lo` where the "
+        "host is a loopback address, so that nothing else listens, and UCX's own choice elsewhere.",
     )
     lease_s: int = Field(
         60,

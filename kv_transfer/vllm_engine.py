@@ -12,8 +12,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from kv_transfer.engine import EngineDied, EngineFacts, EngineStartFailed
+from kv_transfer.engine_process import WATCH_ENV
 from kv_transfer.nixl import free_port, transfer_config, transport_env
-from kv_transfer.parent_watch import WATCH_ENV
 from kv_transfer.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -86,9 +86,12 @@ class VllmEngine:
     def _count(self, outputs: EngineCoreOutputs) -> None:
         counts = self._counts
         for output in outputs.outputs:
-            if output.prefill_stats is not None:
-                counts["prompt_tokens_computed"] += output.prefill_stats.num_computed_tokens
-                counts["prompt_tokens_pulled"] += output.prefill_stats.num_external_cached_tokens
+            if (read := output.prefill_stats) is not None:
+                # vLLM's figures say 0 computed when all of a prompt was pulled, but it runs the last token again.
+                computed = max(1, read.num_computed_tokens)
+                counts["prompt_tokens_computed"] += computed
+                counts["prompt_tokens_pulled"] += read.num_prompt_tokens - read.num_local_cached_tokens - computed
+                counts["prompt_tokens_cached"] += read.num_local_cached_tokens
         stats = outputs.scheduler_stats
         if stats is None:
             return

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from kv_transfer.engine_process import SPIN_ENV
 from kv_transfer.nixl import IncompatibleEngines, check_agree
 from kv_transfer.settings import EngineSettings, Settings, SimulatorSettings, TransportSettings
 from runtime.errors import ConfigError
@@ -174,6 +175,8 @@ class Config(Settings):
         """The slice of a worker: everything its engine needs, resolved but for the node's address."""
         pool, args = self.pool(role), self.args_of(role)
         args["served_model_name"] = [self.model_name]
+        if not pool.num_gpus and self.engine == "vllm":
+            args.setdefault("dtype", cpu_dtype())
         if self.revision is not None:
             args["revision"] = self.revision
         if pool.nodes > 1:
@@ -193,8 +196,8 @@ class Config(Settings):
     def _cpu_env(self, pool: PoolSettings) -> dict[str, str]:
         engines = self.prefill.replicas + self.decode.replicas
         threads = max(1, (os.cpu_count() or 1) // engines) if pool.threads == "auto" else pool.threads
-        # vLLM's own binding puts engines of one machine on the same cores.
-        return {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        # vLLM's own binding puts engines of one machine on the same cores, and its workers poll for a second.
+        return {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", SPIN_ENV: "0.002"}
 
     def api_keys(self) -> tuple[str, ...]:
         """The configured API keys; none means that no key is asked for.
@@ -213,6 +216,15 @@ class Config(Settings):
         if not keys and (self.front_end.api_keys_file or self.front_end.api_keys_env):
             raise ConfigError("API keys are configured, but the file or environment variable has none: add a key")
         return tuple(keys)
+
+
+def cpu_dtype() -> str:
+    """The dtype that this machine's CPU is fastest in: without instructions for it, bfloat16 is 14 times slower."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return "float32"
+    return "bfloat16" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
 
 
 def model_dir(model: str) -> str:

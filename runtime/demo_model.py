@@ -68,13 +68,15 @@ def _gguf_file() -> Path:
 
 def convert(gguf: Path, target: Path) -> None:
     """Write the model in `gguf` to `target` as bfloat16 safetensors with its tokenizer and chat template."""
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TQDM_DISABLE="1")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
-    folder, file = str(gguf.parent), gguf.name
-    quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    logging.disable_progress_bar()
+    folder, source = str(gguf.parent), gguf.name
+    quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source)
     read = quantized.config
     config = LlamaConfig(
         **{key: getattr(read, key) for key in _SHAPE}, tie_word_embeddings=True, rope_theta=100_000.0, dtype="bfloat16"
@@ -84,6 +86,8 @@ def convert(gguf: Path, target: Path) -> None:
     model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
+    for file in target.iterdir():
+        file.chmod(0o644)
 
 
 _SHAPE = (

@@ -159,26 +159,31 @@ class Edge:
         await self._limited(scope, receive, send)
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        seen, started = 0, False
+        """Run the app, and answer in its place when a body without a declared length turns out too large."""
+        seen, started, too_large = 0, False, False
 
         async def counted() -> Message:
-            nonlocal seen
+            nonlocal seen, too_large
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._max_body_bytes:
+                too_large = True
                 raise BodyTooLarge
             return message
 
         async def noted(message: Message) -> None:
             nonlocal started
+            if too_large and not started:
+                return  # the app makes a 500 of it
             started = True
             await send(message)
 
         try:
             await self._app(scope, counted, noted)
         except BodyTooLarge:
-            if not started:
-                await self._too_large(send)
+            logger.debug("a body went over the limit")
+        if too_large and not started:
+            await self._too_large(send)
 
     async def _too_large(self, send: Send) -> None:
         await _refuse(
@@ -187,9 +192,8 @@ class Edge:
 
     def _known(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        key = (
-            key if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        )  # Anthropic clients send the latter
+        if scheme.lower() != b"bearer":
+            key = headers.get(b"x-api-key", b"")  # what Anthropic's clients send
         digest = hashlib.sha256(key.strip()).digest()
         # No early exit: the time must not tell which key came near.
         return sum(hmac.compare_digest(digest, known) for known in self._keys) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -25,6 +26,7 @@ def serve_until_stopped(config: Config, address: str | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     started = time.monotonic()
+    _say(started, f"joining the Ray cluster at {address}" if address else "starting Ray")
     _start_ray(config, address)
     try:
         _say(started, f"starting {config.model_name} on {config.prefill.replicas} prefill and "
@@ -44,6 +46,8 @@ def _start_ray(config: Config, address: str | None) -> None:
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    for name in ("ray", "ray.serve"):  # what they say here means nothing to a user; faults are told by `_deploy`
+        logging.getLogger(name).setLevel(logging.ERROR)
     import ray
     from ray import serve
 

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,25 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def marked(mark: str) -> list[str]:
-    """Command lines of living processes that carry `mark` in their environment."""
-    found = []
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Poll until `condition` holds; whether it did in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def marked(mark: str) -> dict[int, str]:
+    """Living processes that carry `mark` in their environment: pid and command line."""
+    found = {}
     for proc in Path("/proc").glob("[0-9]*"):
         try:
             environ = (proc / "environ").read_bytes()
             state = (proc / "stat").read_text().rsplit(")", 1)[1].split()[0]
             if f"{MARK}={mark}".encode() in environ and state != "Z":
-                found.append((proc / "cmdline").read_text().replace("\0", " ")[:100])
+                found[int(proc.name)] = (proc / "cmdline").read_text().replace("\0", " ").strip()
         except OSError:
             continue  # it ended while we looked, or is a kernel thread
     return found
@@ -56,6 +66,11 @@ class Server:
 
     def __post_init__(self) -> None:
         self.client = httpx.Client(base_url=self.url, timeout=120)
+
+    def pids(self, deployment: str) -> list[int]:
+        """Processes of a deployment's replicas."""
+        name = f"ray::ServeReplica:baton:{deployment}"
+        return sorted(pid for pid, command in marked(self.mark).items() if command.startswith(name))
 
     def post(self, path: str, body: Any, **kwargs: Any) -> httpx.Response:
         """POST `body` as JSON."""
@@ -114,15 +129,9 @@ def stop(process: subprocess.Popen[str], mark: str) -> None:
         process.send_signal(signal.SIGINT)
     try:
         process.wait(60)
-        deadline = time.monotonic() + 15
-        while (left := marked(mark)) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not left, f"processes left behind: {left}"
+        assert wait_for(lambda: not marked(mark), 15), f"processes left behind: {marked(mark)}"
         assert process.returncode == 0, f"baton serve ended with {process.returncode}"
     finally:
-        for proc in Path("/proc").glob("[0-9]*"):  # after a failure, so that the next suite starts clean
-            try:
-                if f"{MARK}={mark}".encode() in (proc / "environ").read_bytes():
-                    os.kill(int(proc.name), signal.SIGKILL)
-            except OSError:
-                continue
+        for pid in marked(mark):  # after a failure, so that the next suite starts clean
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from typing import Any
 
 import ray
 from ray import serve
 
+from runtime.engine_board import subscribe
+from tests.conftest import wait_for
+
 ROLES = ("prefill", "decode")
 
 
 class Pools:
-    """One worker of each role, on the Ray cluster of this machine."""
+    """The workers of both roles, on the Ray cluster of this machine."""
 
     def __init__(self, application: str = "baton") -> None:
         ray.init(address="auto", log_to_driver=False, configure_logging=False, ignore_reinit_error=True)
         self._handles = {role: serve.get_deployment_handle(role, application) for role in ROLES}
+        self._engines: dict[str, list[str]] = {}
+        for role, handle in self._handles.items():
+            handle.call.remote(None, "state", []).result(
+                timeout_s=60
+            )  # starts Serve's router, which tells who is there
+            subscribe(application, role, lambda facts, role=role: self._update(role, facts))
 
-    def call(self, role: str, method: str, *args: Any) -> Any:
-        """Call a method of the engine core of a role's first worker."""
-        return self._handles[role].call.remote(None, method, list(args)).result(timeout_s=60)
+    def _update(self, role: str, facts: list[dict[str, Any]]) -> None:
+        self._engines[role] = [fact["engine_id"] for fact in facts]
+
+    def engines(self, role: str) -> list[str]:
+        """The engine ids of a role's workers, as Ray Serve announces them."""
+        return list(self._engines.get(role, ()))
+
+    def call(self, role: str, engine_id: str, method: str, *args: Any) -> Any:
+        """Call a method of one worker's engine core."""
+        return self._handles[role].call.remote(engine_id, method, list(args)).result(timeout_s=60)
+
+    def states(self, role: str) -> dict[str, Counter[str]]:
+        """The counts of each worker's engine."""
+        return {engine_id: Counter(self.call(role, engine_id, "state")) for engine_id in self.engines(role)}
 
     def state(self, role: str) -> Counter[str]:
-        """The counts of a worker's engine."""
-        return Counter(self.call(role, "state"))
+        """The counts of all engines of a role together."""
+        return sum(self.states(role).values(), Counter())
 
     def held(self) -> list[str]:
-        """Roles whose engine holds any KV block: vLLM refuses to reset its prefix cache then."""
-        return [role for role in ROLES if not self.call(role, "reset_prefix_cache")]
+        """Roles with an engine that holds any KV block: vLLM refuses to reset its prefix cache then."""
+        return [
+            role
+            for role in ROLES
+            for engine_id in self.engines(role)
+            if not self.call(role, engine_id, "reset_prefix_cache")
+        ]
 
     def wait_until_free(self, timeout_s: float) -> list[str]:
         """Roles that still hold blocks after `timeout_s`; empty as soon as none does."""
-        deadline = time.monotonic() + timeout_s
-        while (held := self.held()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return held
+        wait_for(lambda: not self.held(), timeout_s)
+        return self.held()
 
     def close(self) -> None:
         """Leave the cluster."""

@@ -19,6 +19,9 @@ def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
+GREEDY = {"temperature": 0}
+
+
 def ask(content: str) -> Any:
     return [{"role": "user", "content": content}]
 
@@ -140,6 +143,7 @@ TOOL = {
     "type": "function",
     "function": {
         "name": "weather",
+        "strict": True,  # or vLLM lets the arguments be any JSON
         "parameters": {
             "type": "object",
             "properties": {"city": {"type": "string", "maxLength": 10}},
@@ -149,9 +153,9 @@ TOOL = {
 }
 
 
-def test_named_tool_call(server: Server) -> None:
-    """A named tool is called with arguments that fit its schema."""
-    choice = {"type": "function", "function": {"name": "weather"}}
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_tool_call(server: Server, choice: Any) -> None:
+    """A tool is called with arguments that fit its schema, named or left to the model."""
     answer = server.chat("Weather in Paris?", tools=[TOOL], tool_choice=choice, max_tokens=64, temperature=0)
     call = answer["choices"][0]["message"]["tool_calls"][0]["function"]
     assert call["name"] == "weather"
@@ -174,9 +178,9 @@ def test_messages(server: Server) -> None:
     """Anthropic's messages API, with its own client, whole and streamed."""
     client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
     messages: Any = ask("What is the capital of France?")
-    answer = client.messages.create(model=MODEL, max_tokens=20, messages=messages, temperature=0)
+    answer = client.messages.create(model=MODEL, max_tokens=20, messages=messages, extra_body=GREEDY)
     assert "Paris" in answer.content[0].text  # type: ignore[union-attr]
-    with client.messages.stream(model=MODEL, max_tokens=20, messages=messages, temperature=0) as stream:
+    with client.messages.stream(model=MODEL, max_tokens=20, messages=messages, extra_body=GREEDY) as stream:
         assert "Paris" in "".join(stream.text_stream)
 
 

@@ -42,7 +42,7 @@ def test_text_equals_that_of_one_engine(server: Server, pools: Pools, tokens: in
 
 
 def test_cached_tokens_are_those_that_nobody_computed(server: Server, pools: Pools) -> None:
-    """The second time, all full blocks of the prompt but the last are in the prefill engine's cache, and usage says so."""
+    """The second time, the prompt's full blocks but the last are in the prefill engine's cache, and usage says so."""
     prompt = prompt_of(700)
     first = server.complete(prompt, max_tokens=2)
     before = pools.state("prefill")

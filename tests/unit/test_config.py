@@ -93,6 +93,21 @@ def test_a_pools_engine_arguments_go_over_the_common_ones() -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "dtype"), [("fma avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("fma avx2", "float32")]
+)
+def test_a_cpu_engine_gets_the_dtype_that_its_machine_is_fast_in(
+    monkeypatch: pytest.MonkeyPatch, flags: str, dtype: str
+) -> None:
+    """Emulated bfloat16 would be far slower than float32; a dtype that is set stays, and GPUs have vLLM's default."""
+    monkeypatch.setattr(Path, "read_text", lambda _: f"flags : {flags}")
+    assert parse({"model": "/m"}).engine_settings("decode").args["dtype"] == dtype
+    chosen = {"model": "/m", "engine_args": {"dtype": "float16"}}
+    assert parse(chosen).engine_settings("decode").args["dtype"] == "float16"
+    gpus = {"model": "/m", "prefill": {"num_gpus": 1}, "decode": {"num_gpus": 1}}
+    assert "dtype" not in parse(gpus).engine_settings("decode").args
+
+
+@pytest.mark.parametrize(
     ("keys", "expected"),
     [("one\n\n two \n", ("one", "two")), ("\n", None), (None, None)],
     ids=["two", "none", "missing"],

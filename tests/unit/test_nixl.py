@@ -58,6 +58,12 @@ def test_transport_environment() -> None:
     }
 
 
+@pytest.mark.parametrize(("host", "devices"), [("127.0.0.1", "lo"), ("::1", "lo"), ("10.0.0.7", None), ("node7", None)])
+def test_ucx_stays_on_loopback_with_its_host(host: str, devices: str | None) -> None:
+    """An engine on a loopback address listens on no other interface."""
+    assert transport_env(TransportSettings(), host, 1).get("UCX_NET_DEVICES") == devices
+
+
 def test_a_free_port_is_free() -> None:
     """A port in use would hang vLLM's start for ever."""
     with socket.socket() as taken:

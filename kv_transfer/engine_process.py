@@ -1,0 +1,43 @@
+"""What Baton does inside each of vLLM's own processes, which load the `vllm.general_plugins` entry points.
+
+*End with the replica.* vLLM's engine core is a grandchild of the Serve replica and its model workers are one generation
+further down: after a SIGKILL of the replica both would stay behind with their memory. A thread ends the process once
+its parent is no longer the one that started it. (Not PR_SET_PDEATHSIG: that fires when the parent's *thread* ends, and
+engines start in a worker thread.)
+
+*Don't spin.* A model worker polls for its next step for a whole second before it sleeps. Where the engines of both
+pools share a few cores, an idle decode engine would so take its core from a prefill that computes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+WATCH_ENV = "BATON_WATCH_PARENT"
+SPIN_ENV = "BATON_SPIN_S"
+POLL_S = 0.5
+
+
+def install() -> None:
+    """Prepare this process if it belongs to one of Baton's engines and is not the replica itself."""
+    owner = os.environ.get(WATCH_ENV)
+    if owner is None or owner == str(os.getpid()):
+        return
+    parent = os.getppid()
+    threading.Thread(target=_watch, args=(parent,), name="baton-parent-watch", daemon=True).start()
+    if spin := os.environ.get(SPIN_ENV):
+        _shorten_spin(float(spin))
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os._exit(1)
+
+
+def _shorten_spin(seconds: float) -> None:
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    SpinCondition.__init__.__defaults__ = (seconds,)  # of `busy_loop_s`, its only default
