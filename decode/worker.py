@@ -1,9 +1,11 @@
-"""The decode deployment: pulls KV blocks, writes the answer."""
+"""The decode deployment: engines that pull KV blocks and write answers."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from decode.request import release_leg
+from kv_transfer.handoff import Handoff
 from kv_transfer.settings import EngineSettings
 from kv_transfer.worker import EngineWorker
 
@@ -14,3 +16,9 @@ class DecodeWorker(EngineWorker):
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         super().__init__()
         await self.start(EngineSettings.model_validate(settings))
+
+    async def release(self, engine_id: str | None, handoffs: list[dict[str, Any]]) -> None:
+        """Release handoffs for a prefill worker whose front end died; `None` means any decode worker."""
+        for params in handoffs:
+            handoff = Handoff.from_params(params)
+            await self.engine.add(release_leg(handoff, f"{handoff.leg_id}-orphan"))

@@ -16,7 +16,7 @@ class InvalidHandoff(ValueError):
     """A prefill ended without parameters that a decode engine could pull by."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Handoff:
     """Where the KV blocks of one finished prefill are.
 
@@ -44,6 +44,11 @@ class Handoff:
     def engine_id(self) -> str:
         """The prefill engine that holds the blocks."""
         return str(self.params["remote_engine_id"])
+
+    @property
+    def leg_id(self) -> str:
+        """The prefill leg that made them."""
+        return str(self.params["remote_request_id"])
 
     @property
     def cached_tokens(self) -> int | None:

@@ -72,5 +72,6 @@ class EngineSettings(Settings):
     model: str = Field(description="Directory of the model in Hugging Face layout.")
     args: dict[str, Any] = Field(default_factory=dict, description="vLLM engine arguments (`AsyncEngineArgs` fields).")
     env: dict[str, str] = Field(default_factory=dict, description="Environment of the engine's processes.")
+    hang_s: float = Field(300.0, gt=0, description="Seconds without a step after which an engine with work is dead.")
     transport: TransportSettings = Field(default_factory=TransportSettings)  # type: ignore[arg-type]
     simulator: SimulatorSettings = Field(default_factory=SimulatorSettings)  # type: ignore[arg-type]

@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("baton.worker")
 
 
-FRONT_END_SILENCE_S = 20.0
+FRONT_END_SILENCE_S = 10.0
 """A front end that has sent nothing for this long is dead: Ray does not end the streams of a caller that died."""
+
+HANG_CHECKS = 10
+"""How often in `EngineSettings.hang_s` an engine that has work is looked at."""
 
 
 class WrongIncarnation(Exception):
@@ -62,10 +65,11 @@ def log_through_serve() -> None:
 
 @dataclass
 class _FrontEnd:
-    """What a worker keeps for one front end: its stream's queue and its legs in flight."""
+    """What a worker keeps for one front end: its stream's queue, its legs, and the blocks that wait to be pulled."""
 
     queue: asyncio.Queue[EngineCoreOutputs | None] = field(default_factory=asyncio.Queue)
     legs: set[str] = field(default_factory=set)
+    handoffs: dict[str, dict[str, Any]] = field(default_factory=dict)  # KV transfer parameters by leg id
     heard: float = field(default_factory=time.monotonic)
 
 
@@ -78,6 +82,7 @@ class EngineWorker:
         self._front_ends: dict[str, _FrontEnd] = {}
         self._owner: dict[str, str] = {}  # leg id -> front end
         self._dead: str | None = None
+        self._stepped = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -93,16 +98,19 @@ class EngineWorker:
             transport = settings.transport.model_copy(update={"host": ray.util.get_node_ip_address()})
             settings = settings.model_copy(update={"transport": transport})
         self._engine = await start_engine(settings)
-        self._tasks = [asyncio.create_task(self._hand_out()), asyncio.create_task(self._drop_silent())]
+        watches = (self._hand_out(), self._drop_silent(), self._notice_hang(settings.hang_s))
+        self._tasks = [asyncio.create_task(watch) for watch in watches]
         logger.info("%s engine %s up in %.1f s", settings.role, self.engine.facts.engine_id, time.monotonic() - started)
 
-    async def exchange(self, engine_id: str, front_end: str, commands: list[Command]) -> None:
-        """Take legs to run and legs to abort, in the order given."""
+    async def exchange(self, engine_id: str, front_end: str, commands: list[Command], settled: list[str]) -> None:
+        """Take legs to run and legs to abort, in the order given, and the ids of legs whose handoffs are settled."""
         self._check(engine_id)
         peer = self._front_ends.get(front_end)
         if peer is None:
             raise NoStream(front_end)
         peer.heard = time.monotonic()
+        for leg_id in settled:
+            peer.handoffs.pop(leg_id, None)
         for command in commands:
             if isinstance(command, list):
                 await self._abort(command)
@@ -127,6 +135,8 @@ class EngineWorker:
             if self._front_ends.get(front_end) is peer:
                 del self._front_ends[front_end]
             await self._abort(list(peer.legs))
+            if peer.handoffs and self._dead is None:
+                await self.release_elsewhere(list(peer.handoffs.values()))
 
     async def call(self, engine_id: str | None, method: str, args: list[Any]) -> Any:
         """Call a utility method of the engine core; `None` asks whichever worker answers."""
@@ -139,6 +149,9 @@ class EngineWorker:
         if engine_id is not None:
             self._check(engine_id)
         return await asyncio.to_thread(self.engine.vllm_config)
+
+    async def release_elsewhere(self, handoffs: list[dict[str, Any]]) -> None:
+        """Have these handoffs of a front end that left released; a role that gives none has nothing to do."""
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """What Ray Serve tells every front end about this replica: the engine's facts."""
@@ -165,15 +178,29 @@ class EngineWorker:
         try:
             while True:
                 outputs = await self.engine.outputs()
+                self._stepped = time.monotonic()
                 for front_end, batch in self._by_front_end(outputs).items():
                     self._front_ends[front_end].queue.put_nowait(batch)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # whatever it was, nobody hands out tokens any more: the worker has to go
-            self._dead = str(error)
-            logger.error("engine %s died: %s", self.engine.facts.engine_id, error)
-            for peer in self._front_ends.values():
-                peer.queue.put_nowait(None)
+            self._die(str(error))
+
+    def _die(self, why: str) -> None:
+        self._dead = why
+        logger.error("engine %s died: %s", self.engine.facts.engine_id, why)
+        for peer in self._front_ends.values():
+            peer.queue.put_nowait(None)
+
+    async def _notice_hang(self, hang_s: float) -> None:
+        """Take an engine that has had work all the time, and made no step with it, for dead."""
+        while self._dead is None:
+            await asyncio.sleep(hang_s / HANG_CHECKS)
+            if not self._owner:
+                self._stepped = time.monotonic()
+            elif time.monotonic() - self._stepped > hang_s:
+                self._die(f"no step for {hang_s:g} s although it has work")
+                self.engine.shutdown()
 
     async def _drop_silent(self) -> None:
         """End the streams of front ends that died, which aborts their legs."""
@@ -193,6 +220,8 @@ class EngineWorker:
             split.setdefault(front_end, []).append(output)
             if output.finished:
                 self._forget(output.request_id)
+                if output.kv_transfer_params and front_end in self._front_ends:
+                    self._front_ends[front_end].handoffs[output.request_id] = output.kv_transfer_params
         return {
             front_end: type(outputs)(outputs=batch, timestamp=outputs.timestamp)
             for front_end, batch in split.items()

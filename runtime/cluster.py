@@ -1,7 +1,7 @@
 """A request's life. The cluster is to vLLM's front end what one engine core is to a plain vLLM server.
 
 `Cluster` implements vLLM's `EngineCoreClient`: `EngineCoreRequest` in, `EngineCoreOutputs` out. Read `Cluster._serve`
-first: plan, prefill, decode, settle.
+first: plan, prefill, decode, go on after a loss, settle.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.core_client import EngineCoreClient
 
 from decode.request import decode_leg, release_leg, without_kv_params
+from decode.resume import is_exact, resume, why_not_resumable
 from kv_transfer.handoff import Handoff, InvalidHandoff
+from kv_transfer.ledger import Ledger
 from prefill.request import prefill_leg
-from runtime.errors import PullFailed, Refusal, WorkerLost
+from runtime.config import LimitSettings
+from runtime.errors import BatonError, PullFailed, Refusal, Unrecoverable, WorkerLost
 from runtime.fleet import Fleet
-from runtime.metrics import HANDOFFS_RELEASED, LEGS_RETRIED, PLANS
+from runtime.metrics import PLANS, RECOVERIES
 from runtime.policy.routing import route
-from runtime.policy.types import Disaggregated, Local, Plan, Refused, RequestView
+from runtime.policy.types import Disaggregated, Plan, Refused, RequestView
 
 logger = logging.getLogger("baton.cluster")
 
@@ -53,7 +56,8 @@ class LiveRequest:
     request: EngineCoreRequest
     pinned: Plan | None = None
     handoff: Handoff | None = None
-    answered: int = 0  # tokens that went to the client
+    made: list[int] = field(default_factory=list)  # tokens that went to the client
+    losses: int = 0
     legs: int = 0
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
@@ -62,16 +66,16 @@ class LiveRequest:
         """vLLM's internal request id."""
         return self.request.request_id
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.request.prompt_token_ids or ())
+    def remaining(self) -> EngineCoreRequest:
+        """What is left to do: the request itself, or its continuation after the tokens that were made."""
+        return resume(self.request, self.made) if self.made else self.request
 
     def view(self) -> RequestView:
         """What a policy may know of it."""
         params = self.request.sampling_params
         whole = params is None or params.prompt_logprobs is not None or self.request.prompt_embeds is not None
-        return RequestView(self.prompt_tokens, can_disaggregate=not whole)
+        tokens = len(self.request.prompt_token_ids or ()) + len(self.made)
+        return RequestView(tokens, can_disaggregate=not whole)
 
 
 @dataclass
@@ -84,12 +88,12 @@ class Resources:
 class Cluster(EngineCoreClient):
     """vLLM's engine core client over two pools of workers."""
 
-    def __init__(self, front_end: str, retry_budget: int) -> None:
+    def __init__(self, limits: LimitSettings) -> None:
         self.engine_ranks_managed = [0]
         self.resources = Resources()
         self.fleet: Fleet  # set by the front end, which owns the handles
-        self._front_end = front_end
-        self._retry_budget = retry_budget
+        self.ledger = Ledger(self._send_release, lambda handoff: self.fleet.settled(handoff))
+        self._limits = limits
         self._live: dict[str, LiveRequest] = {}
         self._legs: dict[str, Leg] = {}
         self._pins: dict[str, Plan] = {}
@@ -98,65 +102,93 @@ class Cluster(EngineCoreClient):
     # A request's life
 
     async def _serve(self, live: LiveRequest) -> None:
-        """Plan, prefill, decode; plan again when a worker is lost on the way; settle whatever happens."""
+        """Plan, prefill, decode; after a loss plan again and go on where the client is; settle whatever happens."""
         try:
-            for attempt in range(self._retry_budget + 1):
-                plan = self._plan(live)
+            while True:
                 try:
-                    if isinstance(plan, Disaggregated):
-                        live.handoff = await self._prefill(live, plan.prefill)
-                    await self._decode(live, plan.decode)
+                    await self._once(live, await self._plan(live))
                     return
-                except (WorkerLost, PullFailed, InvalidHandoff) as error:
+                except (WorkerLost, PullFailed, InvalidHandoff) as loss:
                     self._settle(live, "lost")
-                    if live.answered or attempt == self._retry_budget:
-                        raise
-                    LEGS_RETRIED.labels(reason=type(error).__name__).inc()
-                    logger.warning("request %s is planned again: %s", live.id, error)
-        except (WorkerLost, PullFailed, InvalidHandoff, Refusal) as error:
+                    self._go_on(live, loss)
+        except BatonError as error:
             logger.error("request %s failed: %s", live.id, error)
             self._finish(live, FinishReason.ERROR)
         finally:
             self._settle(live, "abandoned")
             self._live.pop(live.id, None)
 
-    def _plan(self, live: LiveRequest) -> Plan:
-        plan = live.pinned or route(live.view(), self.fleet.snapshot())
-        if isinstance(plan, Refused):
-            raise Refusal(plan.reason, "no worker can take the request")
-        reason = plan.reason if isinstance(plan, Local) else "default"
-        PLANS.labels(plan=type(plan).__name__.lower(), reason=reason).inc()
+    async def _once(self, live: LiveRequest, plan: Plan) -> None:
+        request = live.remaining()
+        if isinstance(plan, Disaggregated):
+            live.handoff = await self._prefill(live, request, plan.prefill)
+            self.ledger.open(live.handoff)
+        try:
+            await self._decode(live, request, plan.decode)
+        except PullFailed:
+            if isinstance(plan, Disaggregated):
+                self.fleet.failed(plan.prefill)
+                self.fleet.failed(plan.decode)
+            raise
+
+    async def _plan(self, live: LiveRequest) -> Plan:
+        """Choose the workers; while there are none, wait for a replacement, within bounds."""
+        if live.pinned is not None:
+            return live.pinned
+        deadline = time.monotonic() + self._limits.wait_for_worker_s
+        while isinstance(plan := route(live.view(), self.fleet.snapshot()), Refused):
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self.fleet.changed.wait()
+            except TimeoutError as error:
+                raise Refusal(plan.reason, "no worker came up in time") from error
+        PLANS.labels(plan=type(plan).__name__.lower(), reason=plan.reason).inc()
         logger.debug("request %s plan %s", live.id, plan)
         return plan
 
-    async def _prefill(self, live: LiveRequest, engine_id: str) -> Handoff:
+    async def _prefill(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str) -> Handoff:
         """Run the prefill leg; what comes back is where the blocks are."""
-        leg = self._new_leg(live, engine_id, decodes=False)
-        output = await self._run(leg, prefill_leg(live.request, leg.id))
+        leg = self._new_leg(live, request, engine_id, decodes=False)
+        output = await self._run(leg, prefill_leg(request, leg.id))
         return Handoff.from_params(output.kv_transfer_params)
 
-    async def _decode(self, live: LiveRequest, engine_id: str) -> None:
+    async def _decode(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str) -> None:
         """Run the decode leg; its tokens go to the front end as they come (`_deliver`)."""
-        leg = self._new_leg(live, engine_id, decodes=True)
-        await self._run(leg, decode_leg(live.request, leg.id, live.handoff))
+        leg = self._new_leg(live, request, engine_id, decodes=True)
+        await self._run(leg, decode_leg(request, leg.id, live.handoff))
+
+    def _go_on(self, live: LiveRequest, loss: BatonError | InvalidHandoff) -> None:
+        """Count a loss and return when the request may be planned again; raise what it fails with when not."""
+        live.losses += 1
+        if live.losses > self._limits.retry_budget or live.pinned is not None:
+            raise Unrecoverable(f"{loss}, and its retry budget is spent") from loss
+        if live.made and (why_not := self._why_not_resumable(live)):
+            raise Unrecoverable(f"{loss}, and {why_not}") from loss
+        RECOVERIES.labels(kind="resumed" if live.made else "retried", fault=type(loss).__name__).inc()
+        logger.warning("request %s goes on after %d tokens: %s", live.id, len(live.made), loss)
+
+    def _why_not_resumable(self, live: LiveRequest) -> str | None:
+        if self._limits.resume == "exact" and not is_exact(live.request):
+            return "its sampling can't be continued exactly (limits.resume)"
+        return why_not_resumable(live.request)
 
     def _settle(self, live: LiveRequest, reason: str) -> None:
         """Release the handoff unless a decode engine has taken it over."""
         if live.handoff is not None:
-            self._release(live.handoff, reason)
+            self.ledger.release(live.handoff, reason)
             live.handoff = None
 
     # Legs
 
-    def _new_leg(self, live: LiveRequest, engine_id: str, *, decodes: bool) -> Leg:
+    def _new_leg(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str, *, decodes: bool) -> Leg:
         live.legs += 1
-        params = live.request.sampling_params
+        params = request.sampling_params
         answer = (params.max_tokens or 0) if decodes and params else 0
         return Leg(
             id=f"{live.id}-{'d' if decodes else 'p'}{live.legs}",
             engine_id=engine_id,
             live=live,
-            tokens=live.prompt_tokens + answer,
+            tokens=len(request.prompt_token_ids or ()) + answer,
             decodes=decodes,
             done=asyncio.get_running_loop().create_future(),
         )
@@ -174,7 +206,7 @@ class Cluster(EngineCoreClient):
         except asyncio.CancelledError:
             link.send([leg.id])
             if leg.decodes:
-                leg.live.handoff = None  # the decode engine settles what it was given, pulled or not
+                self._taken_over(leg.live)  # the decode engine settles what it was given, pulled or not
             else:
                 leg.abandoned_at = time.monotonic()
             raise
@@ -200,18 +232,29 @@ class Cluster(EngineCoreClient):
 
     def _deliver(self, leg: Leg, output: EngineCoreOutput, ours: list[EngineCoreOutput]) -> None:
         live = leg.live
-        if output.finish_reason is FinishReason.ERROR and not live.answered:
+        if output.finish_reason is FinishReason.ERROR:
             _resolve(leg, PullFailed(f"leg {leg.id} failed on its worker"))
             return
-        if output.prefill_stats is not None and live.handoff is not None:
-            # What the client calls cached is what nobody had to compute, so it is the prefill engine's figure.
-            output.prefill_stats.num_cached_tokens = live.handoff.cached_tokens or 0
-        live.handoff = None  # the first output says that the blocks are here: the decode engine has settled it
-        live.answered += len(output.new_token_ids)
+        if output.prefill_stats is not None:
+            if live.made:
+                output.prefill_stats = None  # the client's prompt was read long ago
+            elif live.handoff is not None:
+                # What the client calls cached is what nobody had to compute, so it is the prefill engine's figure.
+                output.prefill_stats.num_cached_tokens = live.handoff.cached_tokens or 0
+        if live.handoff is not None:  # the first output says that the blocks are here
+            self.fleet.worked(live.handoff.engine_id)
+            self.fleet.worked(leg.engine_id)
+            self._taken_over(live)
+        live.made += output.new_token_ids
         output.request_id = live.id
         ours.append(output)
         if output.finished:
             _resolve(leg, output)
+
+    def _taken_over(self, live: LiveRequest) -> None:
+        if live.handoff is not None:
+            self.ledger.pulled(live.handoff)
+            live.handoff = None
 
     def _prefilled(self, leg: Leg, output: EngineCoreOutput) -> None:
         if leg.abandoned_at is None:
@@ -219,28 +262,29 @@ class Cluster(EngineCoreClient):
             return
         self._legs.pop(leg.id, None)
         with contextlib.suppress(InvalidHandoff):  # the abort came first: nothing is pinned
-            self._release(Handoff.from_params(output.kv_transfer_params), "abandoned")
+            handoff = Handoff.from_params(output.kv_transfer_params)
+            self.ledger.open(handoff)
+            self.ledger.release(handoff, "abandoned")
 
-    def _release(self, handoff: Handoff, reason: str) -> None:
+    def _send_release(self, handoff: Handoff) -> bool:
         """Have a decode engine tell the prefill engine that nobody will pull these blocks."""
-        HANDOFFS_RELEASED.labels(reason=reason).inc()
         links = self.fleet.links("decode")
-        if not links:
-            logger.warning("no decode worker to release a handoff of %s: its lease has to run out", handoff.engine_id)
-            return
-        request_id = handoff.params["remote_request_id"]
-        links[0].send(release_leg(handoff, f"{request_id}-release"))
+        if links:
+            links[0].send(release_leg(handoff, f"{handoff.leg_id}-release"))
+        return bool(links)
 
     def on_lost(self, engine_id: str, why: str) -> None:
         """Plan every request of a lost worker again."""
+        self.ledger.forget(engine_id)
         for leg in [leg for leg in self._legs.values() if leg.engine_id == engine_id]:
             if leg.abandoned_at is None:
                 _resolve(leg, WorkerLost(engine_id, why))
             else:
                 self._legs.pop(leg.id)
 
-    def forget_abandoned(self) -> None:
-        """Drop aborted prefill legs that were never heard of again; called every now and then."""
+    def tidy(self) -> None:
+        """Release what could not be released before, and drop aborted prefill legs that were never heard of again."""
+        self.ledger.retry()
         now = time.monotonic()
         for leg in list(self._legs.values()):
             if leg.abandoned_at is not None and now - leg.abandoned_at > ABANDONED_KEEP_S:

@@ -97,7 +97,25 @@ class LimitSettings(Settings):
     """Bounds and budgets."""
 
     retry_budget: int = Field(
-        2, ge=0, le=10, description="How often a request is planned again after a worker was lost."
+        3,
+        ge=0,
+        le=100,
+        description="How often a request goes on elsewhere after a loss (a dead worker, a failed pull).",
+    )
+    resume: Literal["all", "exact"] = Field(
+        "all",
+        description="Which streams go on elsewhere when their decode worker dies: `all` that can, or only those that "
+        "go on `exact`ly (not with a seed or a presence penalty). Structured output never does. The others end with "
+        "an error.",
+    )
+    wait_for_worker_s: float = Field(
+        120.0, ge=0, description="How long a request waits for a worker while there is none, in seconds."
+    )
+    engine_hang_s: float = Field(
+        300.0,
+        gt=0,
+        description="An engine that has work and makes no step for this long is taken for dead, in seconds. Longer "
+        "than the longest step.",
     )
     start_timeout_s: float = Field(
         1800.0, gt=0, description="How long a start may take before it is given up, in seconds."
@@ -188,6 +206,7 @@ class Config(Settings):
             kind=self.engine,
             model=model_dir(self.model),
             args=args,
+            hang_s=self.limits.engine_hang_s,
             env={**(self._cpu_env(pool) if not pool.num_gpus else {}), **self.env, **pool.env},
             transport=self.transport,
             simulator=self.simulator,

@@ -4,6 +4,7 @@ BatonError
 ├── ConfigError            the settings are wrong; the message says what to change
 ├── WorkerLost             the worker of a leg is gone
 ├── PullFailed             the decode engine could not get the blocks
+├── Unrecoverable          a request that can't go on after a loss
 └── Refusal                a typed "no" to a client, before the response starts
 """
 
@@ -33,6 +34,10 @@ class PullFailed(BatonError):
     """The decode engine could not get a handoff's blocks."""
 
 
+class Unrecoverable(BatonError):
+    """A request can't go on after a loss; the message says why."""
+
+
 class Refusal(BatonError):
     """A request that is not taken, and why.
 
@@ -50,7 +55,7 @@ class Refusal(BatonError):
 
 STATUS: dict[str, int] = {
     "starting": 503,
-    "no_decode_workers": 503,
+    "no_workers": 503,
     "unauthorized": 401,
     "body_too_large": 413,
     "unsupported_endpoint": 404,

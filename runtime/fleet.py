@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from kv_transfer.engine import EngineFacts
+from kv_transfer.handoff import Handoff
 from kv_transfer.nixl import IncompatibleEngines, check_compatible
 from runtime.engine_board import subscribe
 from runtime.link import Link
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("baton.fleet")
 
 
+FAILURES_IN_A_ROW = 3
+"""So many failed pulls, with none between that worked, and a worker is set aside."""
+
+
 class State(Enum):
     """Where a worker is in its life, to one front end."""
 
@@ -32,12 +38,13 @@ class State(Enum):
     DRAINING = "draining"
 
 
-@dataclass
+@dataclass(eq=False)
 class Worker:
     """One worker and this front end's work on it."""
 
     link: Link
     state: State = State.CONNECTING
+    failures: int = 0  # in a row
     requests: int = 0
     tokens: int = 0
 
@@ -53,6 +60,7 @@ class Fleet:
         handles: the deployment of each role.
         on_outputs: called with each batch of step outputs.
         on_lost: called with the engine id and the reason when a worker is lost.
+        outstanding: how many handoffs of each prefill engine wait to be pulled.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class Fleet:
         handles: dict[str, DeploymentHandle],
         on_outputs: Callable[[EngineCoreOutputs], None],
         on_lost: Callable[[str, str], None],
+        outstanding: Callable[[], Counter[str]],
     ) -> None:
         self.workers: dict[str, Worker] = {}
         self.changed = asyncio.Event()
@@ -68,6 +77,7 @@ class Fleet:
         self._handles = handles
         self._on_outputs = on_outputs
         self._on_lost = on_lost
+        self._outstanding = outstanding
         self._connecting: set[asyncio.Task[None]] = set()
 
     def follow(self, application: str) -> None:
@@ -113,7 +123,32 @@ class Fleet:
         if worker := self.workers.get(engine_id):
             worker.requests -= 1
             worker.tokens -= tokens
-            self._close_if_drained(worker)
+            self.close_if_drained(engine_id)
+
+    def failed(self, engine_id: str) -> None:
+        """Count a failed pull; after some in a row the worker is set aside until it is warmed anew."""
+        if worker := self.workers.get(engine_id):
+            worker.failures += 1
+            if worker.failures >= FAILURES_IN_A_ROW and worker.state is State.READY:
+                worker.failures = 0
+                self.set_state(worker, State.WARMING)
+
+    def worked(self, engine_id: str) -> None:
+        """Note a pull that worked."""
+        if worker := self.workers.get(engine_id):
+            worker.failures = 0
+
+    def settled(self, handoff: Handoff) -> None:
+        """Tell the prefill worker of a handoff that nobody needs its blocks any more."""
+        if worker := self.workers.get(handoff.engine_id):
+            worker.link.settled(handoff.leg_id)
+            self.close_if_drained(handoff.engine_id)
+
+    def close_if_drained(self, engine_id: str) -> None:
+        """Let go of a draining worker once it has no legs and holds no blocks that somebody will pull."""
+        worker = self.workers.get(engine_id)
+        if worker and worker.state is State.DRAINING and not worker.requests and not self._outstanding()[engine_id]:
+            worker.link.close("it is drained")
 
     def set_state(self, worker: Worker, state: State) -> None:
         """Move a worker to `state` and wake whoever waits for a change."""
@@ -137,11 +172,7 @@ class Fleet:
         for engine_id, worker in list(self.workers.items()):
             if worker.link.facts.role == role and engine_id not in present and worker.state is not State.DRAINING:
                 self.set_state(worker, State.DRAINING)
-                self._close_if_drained(worker)
-
-    def _close_if_drained(self, worker: Worker) -> None:
-        if worker.state is State.DRAINING and worker.requests == 0:
-            worker.link.close("it is drained")
+                self.close_if_drained(engine_id)
 
     def _connect(self, facts: EngineFacts) -> None:
         link = Link(self._handles[facts.role], facts, self._front_end, self._on_outputs, self._lost)

@@ -43,6 +43,7 @@ class Link:
         self._on_outputs = on_outputs
         self._on_lost = on_lost
         self._commands: asyncio.Queue[Command] = asyncio.Queue()
+        self._settled: list[str] = []
         # Handle calls from one Serve request share an id and can be mistaken for each other: belong to none.
         empty = contextvars.Context()
         loop = asyncio.get_running_loop()
@@ -52,6 +53,10 @@ class Link:
         """Queue a leg, or the ids of legs to abort; never blocks. Does nothing once the link is lost."""
         if self.lost is None:
             self._commands.put_nowait(command)
+
+    def settled(self, leg_id: str) -> None:
+        """Tell the worker, with whatever is sent next, that a leg's handoff was pulled or released."""
+        self._settled.append(leg_id)
 
     async def call(self, method: str, *args: Any) -> Any:
         """Call a utility method of the worker's engine core."""
@@ -82,7 +87,8 @@ class Link:
                 commands = await self._next_commands()
                 while not self._commands.empty():
                     commands.append(self._commands.get_nowait())
-                await self._handle.exchange.remote(self.facts.engine_id, self._front_end, commands)
+                settled, self._settled = self._settled, []
+                await self._handle.exchange.remote(self.facts.engine_id, self._front_end, commands, settled)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # as above

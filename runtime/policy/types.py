@@ -36,13 +36,14 @@ class Disaggregated:
 
     prefill: str
     decode: str
+    reason: str = "default"
 
 
 @dataclass(frozen=True)
 class Local:
-    """Both halves on one decode worker."""
+    """Both halves on one worker."""
 
-    decode: str
+    decode: str  # a decode worker, or a borrowed one of the other pool
     reason: str
 
 

@@ -16,8 +16,8 @@ CASES: list[tuple[str, RequestView, Snapshot, Plan | Refused]] = [
     ("fewest tokens wins", PROMPT, Snapshot((P1, P2), (D1, D2)), Disaggregated("p2", "d1")),
     ("prompt logprobs run whole", WHOLE, Snapshot((P1,), (D1,)), Local("d1", "needs_prompt_logprobs")),
     ("no prefill worker", PROMPT, Snapshot((), (D2, D1)), Local("d1", "no_prefill_workers")),
-    ("no decode worker", PROMPT, Snapshot((P1,), ()), Refused("no_decode_workers")),
-    ("nobody", PROMPT, Snapshot((), ()), Refused("no_decode_workers")),
+    ("no decode worker", PROMPT, Snapshot((P1, P2), ()), Local("p2", "no_decode_workers")),
+    ("nobody", PROMPT, Snapshot((), ()), Refused("no_workers")),
 ]
 
 

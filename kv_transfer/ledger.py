@@ -1,0 +1,89 @@
+"""Handoffs that are outstanding: the prefill has finished, its blocks are neither pulled nor released yet.
+
+Each entry is a debt to a prefill engine, whose blocks stay pinned until it is paid. The lease that the engine gave is
+the last resort; nothing here counts on it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Count
+from collections.abc import Callable
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from kv_transfer.handoff import Handoff
+
+OUTSTANDING = Gauge("baton_handoffs_outstanding", "Finished prefills whose blocks are neither pulled nor released.")
+RELEASED = Counter(
+    "baton_handoffs_released_total", "Handoffs released because nobody would pull them, by reason.", ["reason"]
+)
+SETTLED_SECONDS = Histogram(
+    "baton_handoff_seconds",
+    "From the end of a prefill until its blocks were pulled or released.",
+    ["end"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+
+Send = Callable[[Handoff], bool]
+"""Has some decode engine release a handoff; False when there is none to ask."""
+
+
+class Ledger:
+    """The outstanding handoffs of one front end.
+
+    Args:
+        send: has a decode engine release a handoff.
+        on_settled: called with each handoff that was pulled or released, or whose engine died.
+    """
+
+    def __init__(self, send: Send, on_settled: Callable[[Handoff], None]) -> None:
+        self._send = send
+        self._on_settled = on_settled
+        self._since: dict[Handoff, float] = {}
+        self._owed: dict[Handoff, str] = {}  # to be released as soon as somebody can, and why
+
+    def open(self, handoff: Handoff) -> None:
+        """A prefill has finished."""
+        self._since[handoff] = time.monotonic()
+        OUTSTANDING.inc()
+
+    def pulled(self, handoff: Handoff) -> None:
+        """A decode engine has the blocks."""
+        self._close(handoff, "pulled")
+
+    def release(self, handoff: Handoff, reason: str) -> None:
+        """Nobody will pull the blocks: free them at once, or as soon as there is a decode engine to say so."""
+        if handoff not in self._since:
+            return
+        if self._send(handoff):
+            RELEASED.labels(reason=reason).inc()
+            self._close(handoff, "released")
+        else:
+            self._owed[handoff] = reason
+
+    def retry(self) -> None:
+        """Release what could not be released before."""
+        for handoff, reason in list(self._owed.items()):
+            self.release(handoff, reason)
+
+    def forget(self, engine_id: str) -> None:
+        """A prefill engine has died, and its blocks with it."""
+        for handoff in [handoff for handoff in self._since if handoff.engine_id == engine_id]:
+            self._close(handoff, "died")
+
+    def outstanding(self) -> Count[str]:
+        """How many handoffs of each prefill engine are outstanding."""
+        return Count(handoff.engine_id for handoff in self._since)
+
+    def oldest_s(self) -> float:
+        """Age of the oldest outstanding handoff, in seconds; 0 when there is none."""
+        return time.monotonic() - min(self._since.values()) if self._since else 0.0
+
+    def _close(self, handoff: Handoff, end: str) -> None:
+        self._owed.pop(handoff, None)
+        since = self._since.pop(handoff, None)
+        if since is not None:
+            OUTSTANDING.dec()
+            SETTLED_SECONDS.labels(end=end).observe(time.monotonic() - since)
+            self._on_settled(handoff)
