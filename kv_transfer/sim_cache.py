@@ -38,11 +38,12 @@ def block_keys(tokens: Sequence[int], block_tokens: int, salt: Hashable = None) 
 
 @dataclass
 class BlockCache:
-    """`capacity` blocks, each held by some requests or free; free ones with a content key can be hit again."""
+    """`capacity` blocks, each held by some requests or free; those that were filled can be hit, held or free."""
 
     capacity: int
     on_event: Callable[[KvEvent], None] | None = None
     _held: dict[BlockKey, int] = field(default_factory=dict)
+    _filled: set[BlockKey] = field(default_factory=set)  # of those that are held; all free ones are
     _free: OrderedDict[BlockKey, None] = field(default_factory=OrderedDict)
 
     @property
@@ -51,24 +52,30 @@ class BlockCache:
         return len(self._held)
 
     def hits(self, keys: Sequence[BlockKey]) -> int:
-        """How many of the first `keys` are here."""
+        """How many of the first `keys` are here, with their content."""
         for count, key in enumerate(keys):
-            if key not in self._held and key not in self._free:
+            if key not in self._filled and key not in self._free:
                 return count
         return len(keys)
 
     def hold(self, keys: Sequence[BlockKey]) -> bool:
         """Take a reference on every block of `keys`, making room as needed. All or nothing."""
-        fresh = [key for key in keys if key not in self._held]
-        if len(self._held) + len(fresh) > self.capacity:
+        fresh = sum(key not in self._held for key in keys)
+        if len(self._held) + fresh > self.capacity:
             return False
-        stored = tuple(key for key in fresh if key not in self._free)
         for key in keys:
-            self._free.pop(key, None)
+            if key in self._free:
+                del self._free[key]
+                self._filled.add(key)
             self._held[key] = self._held.get(key, 0) + 1
         self._evict()
-        self._tell(BlocksStored(stored))
         return True
+
+    def fill(self, keys: Sequence[BlockKey]) -> None:
+        """The content of these blocks, which somebody holds, is there."""
+        stored = tuple(key for key in keys if key not in self._filled)
+        self._filled.update(stored)
+        self._tell(BlocksStored(stored))
 
     def release(self, keys: Sequence[BlockKey]) -> None:
         """Give back what `hold` took. Later blocks of a chain are evicted before earlier ones."""
@@ -76,7 +83,9 @@ class BlockCache:
             self._held[key] -= 1
             if not self._held[key]:
                 del self._held[key]
-                self._free[key] = None
+                if key in self._filled:
+                    self._filled.remove(key)
+                    self._free[key] = None
 
     def clear(self) -> bool:
         """Forget all free blocks; False, and nothing happens, while any block is held."""

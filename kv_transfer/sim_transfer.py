@@ -49,8 +49,8 @@ class TransferServer:
 
 async def settle_remote(params: dict[str, Any]) -> bool:
     """Tell the prefill engine that its blocks were pulled, or that nobody will; False when it has none to give."""
-    asked = {"engine_id": params["remote_engine_id"], "request_id": params["remote_request_id"]}
     try:
+        asked = {"engine_id": params["remote_engine_id"], "request_id": params["remote_request_id"]}
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(
                 params["remote_host"], params["remote_port"], limit=LINE_LIMIT
@@ -60,6 +60,6 @@ async def settle_remote(params: dict[str, Any]) -> bool:
                 answer = json.loads(await reader.readline())
             finally:
                 writer.close()
-    except (OSError, ValueError, TimeoutError):
+    except (OSError, ValueError, KeyError, TimeoutError):  # a KeyError: parameters that lead nowhere
         return False
     return bool(answer.get("ok"))

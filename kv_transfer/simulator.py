@@ -125,8 +125,9 @@ class SimulatedEngine:
         wanted = set(request_ids)
         for entry in [*self._waiting, *self._running, *self._fetching]:
             if entry.request.request_id in wanted:
+                unpulled = entry.params.get("do_remote_prefill") and entry not in self._running
                 self._drop(entry)
-                if entry.params.get("do_remote_prefill") and not entry.read:
+                if unpulled:
                     self._spawn(settle_remote(entry.params))
 
     async def outputs(self) -> EngineCoreOutputs:
@@ -203,11 +204,11 @@ class SimulatedEngine:
             cached = min(self._cache.hits(entry.keys) * self._sim.block_tokens, max(0, len(entry.prompt) - 1))
             tail = max(0, -(-len(entry.prompt) // self._sim.block_tokens) - len(entry.keys))
             held = [*entry.keys, *((entry.request.request_id, i) for i in range(tail + self._answer_blocks(entry)))]
+            if len(held) > self._cache.capacity:
+                self._waiting.popleft()  # it will never fit
+                self._emit([self._error(entry)])
+                continue
             if not self._cache.hold(held):
-                if not self._running and not self._fetching and not self._handoffs:
-                    self._waiting.popleft()  # it will never fit
-                    self._emit([self._error(entry)])
-                    continue
                 return
             self._waiting.popleft()
             entry.held, entry.cached, entry.read = held, cached, cached
@@ -244,9 +245,15 @@ class SimulatedEngine:
 
     def _step(self, readers: list[tuple[_Request, int]]) -> list[EngineCoreOutput]:
         for entry, tokens in readers:
-            entry.read += tokens
+            if entry in self._running:  # and was not aborted during the step
+                self._read(entry, tokens)
         done = [entry for entry in self._running if entry.read >= len(entry.prompt)]
         return [self._token(entry) for entry in done]
+
+    def _read(self, entry: _Request, tokens: int) -> None:
+        """Note that the KV of the next prompt tokens is here."""
+        before, entry.read = entry.read, entry.read + tokens
+        self._cache.fill(entry.keys[before // self._sim.block_tokens : entry.read // self._sim.block_tokens])
 
     def _token(self, entry: _Request) -> EngineCoreOutput:
         """The next token of a request, and its end if this is the last."""
@@ -267,7 +274,7 @@ class SimulatedEngine:
         elif entry.made >= limit or len(entry.prompt) + entry.made >= self._window:
             output.finish_reason = FinishReason.LENGTH
         if sampling and sampling.logprobs is not None:
-            output.new_logprobs = _logprobs(token, sampling.logprobs)
+            output.new_logprobs = _logprobs(token, sampling.logprobs, self._vocab)
         if output.finish_reason is not None:
             self._finish(entry, output)
         return output
@@ -345,7 +352,8 @@ class SimulatedEngine:
             return
         self.pulls += 1
         self.pulled_bytes += size
-        entry.pulled, entry.read = tokens, entry.cached + tokens
+        entry.pulled = tokens
+        self._read(entry, tokens)
         self._fetching.discard(entry)
         self._running.append(entry)
         self._work.set()
@@ -362,7 +370,7 @@ class SimulatedEngine:
             raise EngineError(f"no fault {name}; there are {', '.join(Faults.__dataclass_fields__)}")
         setattr(self.faults, name, value)
         if self.faults.dead:
-            self._server.close()
+            self.shutdown()
             self._outputs.put_nowait(None)
         self._work.set()
 
@@ -380,11 +388,12 @@ def _fold(seed: int, tokens: list[int]) -> int:
     return seed
 
 
-def _logprobs(token: int, count: int) -> Any:
-    """Made-up logprobs: the token first, then its neighbours, halving each time."""
+def _logprobs(token: int, count: int, vocab: int) -> Any:
+    """Made-up logprobs: of the token, then of the `count` likeliest: itself and its neighbours, halving each time."""
     import numpy as np
     from vllm.v1.outputs import LogprobsLists
 
-    ids = np.array([[token + i for i in range(count + 1)]], dtype=np.int32)
-    values = np.array([[-0.7 * (i + 1) for i in range(count + 1)]], dtype=np.float32)
-    return LogprobsLists(ids, values, np.array([0], dtype=np.int32))
+    likeliest = [FIRST_TOKEN + (token + i - FIRST_TOKEN) % (vocab - FIRST_TOKEN) for i in range(count)]
+    ids = np.array([[token, *likeliest]], dtype=np.int32)
+    values = np.array([[-0.7, *(-0.7 * (i + 1) for i in range(count))]], dtype=np.float32)
+    return LogprobsLists(ids, values, np.array([1], dtype=np.int32))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -83,7 +83,7 @@ class EngineWorker:
         self._owner: dict[str, str] = {}  # leg id -> front end
         self._dead: str | None = None
         self._stepped = time.monotonic()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def engine(self) -> Engine:
@@ -98,8 +98,8 @@ class EngineWorker:
             transport = settings.transport.model_copy(update={"host": ray.util.get_node_ip_address()})
             settings = settings.model_copy(update={"transport": transport})
         self._engine = await start_engine(settings)
-        watches = (self._hand_out(), self._drop_silent(), self._notice_hang(settings.hang_s))
-        self._tasks = [asyncio.create_task(watch) for watch in watches]
+        for watch in (self._hand_out(), self._drop_silent(), self._notice_hang(settings.hang_s)):
+            self._spawn(watch)
         logger.info("%s engine %s up in %.1f s", settings.role, self.engine.facts.engine_id, time.monotonic() - started)
 
     async def exchange(self, engine_id: str, front_end: str, commands: list[Command], settled: list[str]) -> None:
@@ -164,12 +164,13 @@ class EngineWorker:
 
     def shutdown(self) -> None:
         """Stop the engine and all of its processes."""
-        for task in self._tasks:
-            task.cancel()
+        while self._tasks:
+            self._tasks.pop().cancel()
         if self._engine is not None:
             self._engine.shutdown()
+            self._engine = None
 
-    async def __del__(self) -> None:
+    def __del__(self) -> None:
         """Ray Serve's hook for a replica that goes."""
         self.shutdown()
 
@@ -215,7 +216,9 @@ class EngineWorker:
         split: dict[str, list[Any]] = {}
         for output in outputs.outputs:
             front_end = self._owner.get(output.request_id)
-            if front_end is None:
+            if front_end is None:  # it was aborted after it had finished, so nobody will ask for its blocks
+                if output.kv_transfer_params:
+                    self._spawn(self.release_elsewhere([output.kv_transfer_params]))
                 continue
             split.setdefault(front_end, []).append(output)
             if output.finished:
@@ -238,6 +241,11 @@ class EngineWorker:
         front_end = self._owner.pop(leg_id, None)
         if front_end is not None and (peer := self._front_ends.get(front_end)) is not None:
             peer.legs.discard(leg_id)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _check(self, engine_id: str) -> None:
         if self._dead is not None:

@@ -117,7 +117,7 @@ class FrontEndReplica:
         self._front_end = await start_front_end(settings, {"prefill": prefill, "decode": decode})
         _running["app"] = self._front_end.asgi
 
-    async def __del__(self) -> None:
+    def __del__(self) -> None:
         """Ray Serve's hook for a replica that goes."""
         if front_end := getattr(self, "_front_end", None):
             front_end.shutdown()

@@ -43,7 +43,6 @@ class Leg:
     id: str
     engine_id: str
     live: LiveRequest
-    tokens: int  # what it was charged to the worker
     decodes: bool
     done: asyncio.Future[EngineCoreOutput]
     abandoned_at: float | None = None
@@ -120,16 +119,20 @@ class Cluster(EngineCoreClient):
 
     async def _once(self, live: LiveRequest, plan: Plan) -> None:
         request = live.remaining()
-        if isinstance(plan, Disaggregated):
-            live.handoff = await self._prefill(live, request, plan.prefill)
-            self.ledger.open(live.handoff)
-        try:
-            await self._decode(live, request, plan.decode)
-        except PullFailed:
+        prompt = len(request.prompt_token_ids or ())
+        answer = (request.sampling_params.max_tokens or 0) if request.sampling_params else 0
+        with self.fleet.charged(plan.decode, prompt + answer):  # from now on, or a burst would all go to one worker
             if isinstance(plan, Disaggregated):
-                self.fleet.failed(plan.prefill)
-                self.fleet.failed(plan.decode)
-            raise
+                with self.fleet.charged(plan.prefill, prompt):
+                    live.handoff = await self._prefill(live, request, plan.prefill)
+                self.ledger.open(live.handoff)
+            try:
+                await self._decode(live, request, plan.decode)
+            except PullFailed:
+                if isinstance(plan, Disaggregated):
+                    self.fleet.failed(plan.prefill)
+                    self.fleet.failed(plan.decode)
+                raise
 
     async def _plan(self, live: LiveRequest) -> Plan:
         """Choose the workers; while there are none, wait for a replacement, within bounds."""
@@ -148,13 +151,13 @@ class Cluster(EngineCoreClient):
 
     async def _prefill(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str) -> Handoff:
         """Run the prefill leg; what comes back is where the blocks are."""
-        leg = self._new_leg(live, request, engine_id, decodes=False)
+        leg = self._new_leg(live, engine_id, decodes=False)
         output = await self._run(leg, prefill_leg(request, leg.id))
         return Handoff.from_params(output.kv_transfer_params)
 
     async def _decode(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str) -> None:
         """Run the decode leg; its tokens go to the front end as they come (`_deliver`)."""
-        leg = self._new_leg(live, request, engine_id, decodes=True)
+        leg = self._new_leg(live, engine_id, decodes=True)
         await self._run(leg, decode_leg(request, leg.id, live.handoff))
 
     def _go_on(self, live: LiveRequest, loss: BatonError | InvalidHandoff) -> None:
@@ -180,15 +183,12 @@ class Cluster(EngineCoreClient):
 
     # Legs
 
-    def _new_leg(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str, *, decodes: bool) -> Leg:
+    def _new_leg(self, live: LiveRequest, engine_id: str, *, decodes: bool) -> Leg:
         live.legs += 1
-        params = request.sampling_params
-        answer = (params.max_tokens or 0) if decodes and params else 0
         return Leg(
             id=f"{live.id}-{'d' if decodes else 'p'}{live.legs}",
             engine_id=engine_id,
             live=live,
-            tokens=len(request.prompt_token_ids or ()) + answer,
             decodes=decodes,
             done=asyncio.get_running_loop().create_future(),
         )
@@ -199,7 +199,6 @@ class Cluster(EngineCoreClient):
         if link is None:
             raise WorkerLost(leg.engine_id, "it left before the leg was sent")
         self._legs[leg.id] = leg
-        self.fleet.charge(leg.engine_id, leg.tokens)
         link.send(request)
         try:
             return await leg.done
@@ -211,7 +210,6 @@ class Cluster(EngineCoreClient):
                 leg.abandoned_at = time.monotonic()
             raise
         finally:
-            self.fleet.discharge(leg.engine_id, leg.tokens)
             if leg.abandoned_at is None:
                 self._legs.pop(leg.id, None)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ logger = logging.getLogger("baton.fleet")
 
 FAILURES_IN_A_ROW = 3
 """So many failed pulls, with none between that worked, and a worker is set aside."""
+
+
+RECONNECT_S = 1.0
 
 
 class State(Enum):
@@ -78,6 +82,8 @@ class Fleet:
         self._on_outputs = on_outputs
         self._on_lost = on_lost
         self._outstanding = outstanding
+        self._announced: dict[str, dict[str, EngineFacts]] = {}
+        self._closed = False
         self._connecting: set[asyncio.Task[None]] = set()
 
     def follow(self, application: str) -> None:
@@ -112,15 +118,18 @@ class Fleet:
         """The workers in one state."""
         return [worker for worker in self.workers.values() if worker.state is state]
 
-    def charge(self, engine_id: str, tokens: int) -> None:
-        """Count a leg that was sent to a worker."""
-        if worker := self.workers.get(engine_id):
-            worker.requests += 1
-            worker.tokens += tokens
-
-    def discharge(self, engine_id: str, tokens: int) -> None:
-        """Count a leg that ended."""
-        if worker := self.workers.get(engine_id):
+    @contextmanager
+    def charged(self, engine_id: str, tokens: int) -> Iterator[None]:
+        """Count a leg as a worker's load until the block ends."""
+        worker = self.workers.get(engine_id)
+        if worker is None:
+            yield
+            return
+        worker.requests += 1
+        worker.tokens += tokens
+        try:
+            yield
+        finally:
             worker.requests -= 1
             worker.tokens -= tokens
             self.close_if_drained(engine_id)
@@ -158,6 +167,7 @@ class Fleet:
 
     def close(self) -> None:
         """Close all links."""
+        self._closed = True
         for worker in list(self.workers.values()):
             worker.link.close()
 
@@ -166,6 +176,7 @@ class Fleet:
 
     def _update(self, role: str, engines: list[dict[str, Any]]) -> None:
         present = {facts["engine_id"]: EngineFacts(**facts) for facts in engines}
+        self._announced[role] = present
         for engine_id, facts in present.items():
             if engine_id not in self.workers:
                 self._connect(facts)
@@ -206,7 +217,13 @@ class Fleet:
         self.workers.pop(engine_id, None)
         logger.warning("%s worker %s lost: %s", link.facts.role, engine_id, why)
         self._on_lost(engine_id, why)
+        asyncio.get_running_loop().call_later(RECONNECT_S, self._reconnect, link.facts)
         self._wake()
+
+    def _reconnect(self, facts: EngineFacts) -> None:
+        """Try a lost worker again for as long as Ray Serve announces it: perhaps only the link broke."""
+        if not self._closed and facts.engine_id in self._announced[facts.role] and facts.engine_id not in self.workers:
+            self._connect(facts)
 
     def _wake(self) -> None:
         self.changed.set()

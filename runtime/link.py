@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,8 @@ class Link:
         self.up = asyncio.Event()
         self.lost: str | None = None
         self._handle = handle
-        self._front_end = front_end
+        # A link that was lost and made anew is another one to the worker, which answers nothing that comes late.
+        self._name = f"{front_end}-{uuid.uuid4().hex[:8]}"
         self._on_outputs = on_outputs
         self._on_lost = on_lost
         self._commands: asyncio.Queue[Command] = asyncio.Queue()
@@ -67,7 +69,7 @@ class Link:
         self._lose(why)
 
     async def _read(self) -> None:
-        stream = self._handle.options(stream=True).outputs.remote(self.facts.engine_id, self._front_end)
+        stream = self._handle.options(stream=True).outputs.remote(self.facts.engine_id, self._name)
         try:
             async for batches in stream:
                 self.up.set()
@@ -88,7 +90,7 @@ class Link:
                 while not self._commands.empty():
                     commands.append(self._commands.get_nowait())
                 settled, self._settled = self._settled, []
-                await self._handle.exchange.remote(self.facts.engine_id, self._front_end, commands, settled)
+                await self._handle.exchange.remote(self.facts.engine_id, self._name, commands, settled)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # as above

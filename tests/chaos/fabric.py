@@ -1,7 +1,7 @@
 """Baton in one process: real cluster, fleet, links, warmer, workers and simulated engines, without Ray.
 
-What stands in for Ray Serve here only carries calls, slowly and unreliably, and replaces what was killed. So hundreds of
-deaths take a minute, and a seed repeats them.
+What stands in for Ray Serve here only carries calls, slowly and unreliably, and replaces what was killed. So hundreds
+of deaths take a minute, and a seed repeats them.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ class Call:
         return self._call(engine_id, *args)
 
     async def _call(self, engine_id: str | None, *args: Any) -> Any:
+        if args and self._handle.fabric.is_silent(str(args[0])):
+            raise Died("the caller is dead")
         worker = await self._handle.reach(engine_id)
         work = asyncio.ensure_future(getattr(worker, self._method)(engine_id, *args))
         death = asyncio.ensure_future(worker.killed.wait())
@@ -120,6 +122,7 @@ class Stream:
     async def _pump(self, worker: Worker, items: asyncio.Queue[Any]) -> None:
         death = asyncio.ensure_future(worker.killed.wait())
         generator = getattr(worker, self._method)(self._engine_id, *self._args)
+        step: asyncio.Future[Any] = asyncio.ensure_future(asyncio.sleep(0))
         try:
             while True:
                 step = asyncio.ensure_future(anext(generator))
@@ -133,6 +136,8 @@ class Stream:
         except StopAsyncIteration:
             items.put_nowait(("end", None))
         except asyncio.CancelledError:
+            step.cancel()
+            await asyncio.wait({step})
             await generator.aclose()
             raise
         except Exception as error:
@@ -142,7 +147,7 @@ class Stream:
 
     def cancel(self) -> None:
         """Ray's way to give up a stream: the worker's generator is closed."""
-        if self._task is not None:
+        if self._task is not None and not self._handle.fabric.is_silent(self._args[0]):
             self._task.cancel()
 
 
@@ -186,6 +191,7 @@ class Fabric:
         self.application = uuid.uuid4().hex
         self.pools: dict[str, list[Worker]] = {role: [] for role in ROLES}
         self.kills = 0
+        self.silent: set[str] = set()
         self.loss_rate = 0.0
         self.longest_delay_s = 0.002
         self._workers = workers
@@ -254,6 +260,10 @@ class Fabric:
     def loses_message(self) -> bool:
         """Whether this message gets lost."""
         return self.random.random() < self.loss_rate
+
+    def is_silent(self, link: str) -> bool:
+        """Whether a link belongs to a front end that was killed."""
+        return any(link.startswith(name) for name in self.silent)
 
     def blocks_held(self) -> int:
         """KV blocks that any engine holds."""
@@ -357,17 +367,12 @@ class FrontEnd:
         yield RequestOutput(request_id, None, None, None, [output], True)
 
     def die(self) -> None:
-        """SIGKILL of the front end: it says nothing any more, and its streams stay open as Ray leaves them."""
+        """SIGKILL: it says nothing any more, and its streams stay open as Ray leaves them."""
+        self.fabric.silent.add(self.name)
         self.warmer.stop()
         if self._reader is not None:
             self._reader.cancel()
-        for worker in self.cluster.fleet.workers.values():
-            for task in worker.link._tasks:
-                task.remove_done_callback  # noqa: B018
-            worker.link._tasks[1].cancel()
-        for live in list(self.cluster._live.values()):
-            if live.task is not None:
-                live.task.cancel()
+        self.cluster.shutdown()
 
     async def close(self) -> None:
         """Leave in order."""
