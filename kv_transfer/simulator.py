@@ -81,7 +81,7 @@ class SimulatedEngine:
         self._engine_id = uuid.uuid4().hex
         self._server = TransferServer(self._engine_id, self._give_up)
         self.faults = Faults()
-        self.leases_expired = self.pulls = self.pulled_bytes = 0
+        self.leases_expired = self.pulls = self.pulled_bytes = self.prompt_tokens_computed = 0
         self.facts: EngineFacts
 
     @classmethod
@@ -162,6 +162,7 @@ class SimulatedEngine:
             "leases_expired": self.leases_expired,
             "pulls": self.pulls,
             "pulled_bytes": self.pulled_bytes,
+            "prompt_tokens_computed": self.prompt_tokens_computed,
         }
 
     def vllm_config(self) -> Any:
@@ -267,6 +268,7 @@ class SimulatedEngine:
         if entry.made == 1:
             output.prefill_stats = PrefillStats()
             output.prefill_stats.set(len(entry.prompt), entry.cached, entry.pulled)
+            self.prompt_tokens_computed += output.prefill_stats.num_computed_tokens
         sampling = entry.request.sampling_params
         limit = (sampling.max_tokens if sampling else 1) or 1
         if sampling and token in (sampling.stop_token_ids or ()) and entry.made > (sampling.min_tokens or 0):

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import logging
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ OPEN_PATHS = ("/health", "/ping", "/metrics", "/version")
 
 CLOSED_PATHS = ("/scale_elastic_ep", "/is_scaling_elastic_ep")
 """vLLM's routes that change an engine's processes; the fleet is Ray Serve's to change."""
+
+
+KEEP_ALIVE_S = 15.0
+"""A stream that has been silent for this long gets a comment, which clients skip (server-sent events, WHATWG)."""
 
 
 class FrontEndLLM(AsyncLLM):
@@ -135,7 +140,10 @@ class BodyTooLarge(Exception):
 
 
 class Edge:
-    """What a client meets first: API keys and the limit on the body. Plain ASGI, so that streams pass untouched."""
+    """What a client meets first: API keys, the limit on the body, and a sign of life in streams that wait.
+
+    Plain ASGI, so that streams pass untouched.
+    """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, api_keys: Sequence[str]) -> None:
         self._app = app
@@ -156,33 +164,14 @@ class Edge:
         if length.isdigit() and int(length) > self._max_body_bytes:
             await self._too_large(send)
             return
-        await self._limited(scope, receive, send)
-
-    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app, and answer in its place when a body without a declared length turns out too large."""
-        seen, started, too_large = 0, False, False
-
-        async def counted() -> Message:
-            nonlocal seen, too_large
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._max_body_bytes:
-                too_large = True
-                raise BodyTooLarge
-            return message
-
-        async def noted(message: Message) -> None:
-            nonlocal started
-            if too_large and not started:
-                return  # the app makes a 500 of it
-            started = True
-            await send(message)
-
+        exchange = _Exchange(receive, send, self._max_body_bytes)
         try:
-            await self._app(scope, counted, noted)
+            await self._app(scope, exchange.receive, exchange.send)
         except BodyTooLarge:
             logger.debug("a body went over the limit")
-        if too_large and not started:
+        finally:
+            exchange.close()
+        if exchange.refused:
             await self._too_large(send)
 
     async def _too_large(self, send: Send) -> None:
@@ -197,6 +186,52 @@ class Edge:
         digest = hashlib.sha256(key.strip()).digest()
         # No early exit: the time must not tell which key came near.
         return sum(hmac.compare_digest(digest, known) for known in self._keys) > 0
+
+
+class _Exchange:
+    """One request and its response on their way through the edge."""
+
+    def __init__(self, receive: Receive, send: Send, max_body_bytes: int) -> None:
+        self._receive, self._send, self._room = receive, send, max_body_bytes
+        self._started = False
+        self._sent = 0.0
+        self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether the body was too large and nothing has been answered yet."""
+        return self._room < 0 and not self._started
+
+    async def receive(self) -> Message:
+        """Count what comes; a body without a declared length may turn out too large."""
+        message = await self._receive()
+        self._room -= len(message.get("body", b""))
+        if self._room < 0:
+            raise BodyTooLarge
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass on what the app sends, unless it is the 500 that it makes of a refused body."""
+        if self.refused:
+            return
+        if not self._started:
+            self._started = True
+            if any(name == b"content-type" and b"text/event-stream" in value for name, value in message["headers"]):
+                self._keeper = asyncio.get_running_loop().create_task(self._keep_alive())
+        self._sent = time.monotonic()
+        await self._send(message)
+
+    async def _keep_alive(self) -> None:
+        """Send a comment while a stream waits, for a replacement of its worker perhaps: idle connections get cut."""
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_S)
+            if time.monotonic() - self._sent >= KEEP_ALIVE_S:
+                await self._send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+
+    def close(self) -> None:
+        """The app is done."""
+        if self._keeper is not None:
+            self._keeper.cancel()
 
 
 def _digest(key: str) -> bytes:

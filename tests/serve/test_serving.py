@@ -32,17 +32,23 @@ def test_text_is_that_of_one_engine(server: Server) -> None:
 
 
 def test_every_worker_works(server: Server, pools: Pools) -> None:
-    """Concurrent requests spread over both workers of both pools, and every prompt's blocks are pulled."""
-    before = {role: pools.states(role) for role in ("prefill", "decode")}
-    prompts = [[*PROMPT, i] for i in range(32)]
-    with ThreadPoolExecutor(16) as threads:
-        texts = list(threads.map(lambda prompt: text(server, prompt, max_tokens=32), prompts))
-    assert len(set(texts)) == len(texts)
-    after = pools.states("decode")
-    assert len(after) == 2
-    assert all(after[engine]["pulls"] > before["decode"][engine]["pulls"] for engine in after)
-    assert sum(state["pulls"] for state in after.values()) >= 32
-    assert set(pools.states("prefill")) == set(before["prefill"])
+    """Concurrent requests spread over both workers of both pools as soon as all of them are warm."""
+
+    def burst() -> bool:
+        before = {role: pools.states(role) for role in ("prefill", "decode")}
+        with ThreadPoolExecutor(16) as threads:
+            texts = list(threads.map(lambda i: text(server, [*PROMPT, i], max_tokens=32), range(32)))
+        assert len(set(texts)) == len(texts)
+        pulls = [state["pulls"] - before["decode"][engine]["pulls"] for engine, state in pools.states("decode").items()]
+        reads = [
+            state["prompt_tokens_computed"] - before["prefill"][engine]["prompt_tokens_computed"]
+            for engine, state in pools.states("prefill").items()
+        ]
+        assert sum(pulls) >= 32
+        pools.wait_until_free(5)
+        return len(pulls) == len(reads) == 2 and min(*pulls, *reads) > 0
+
+    assert wait_for(burst, RECOVERY_S)
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/tokenize"])

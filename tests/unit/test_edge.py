@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+
 import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
+from runtime import frontend
 from runtime.frontend import Edge
 
 
@@ -68,3 +72,24 @@ async def test_body_limit(size: int, status: int, declared: bool) -> None:
     assert response.status_code == status
     if status == 413:
         assert "1000 bytes" in response.json()["error"]["message"]
+
+
+async def test_a_waiting_stream_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments while an event stream is silent, none in other answers, and none after the end."""
+    monkeypatch.setattr(frontend, "KEEP_ALIVE_S", 0.02)
+
+    async def slow() -> AsyncIterator[str]:
+        yield "data: a\n\n"
+        await asyncio.sleep(0.2)
+        yield "data: b\n\n"
+
+    async def stream(request: Request) -> StreamingResponse:
+        return StreamingResponse(slow(), media_type=request.query_params["type"])
+
+    app = Edge(Starlette(routes=[Route("/", stream)]), max_body_bytes=10, api_keys=())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        events = (await http.get("/", params={"type": "text/event-stream"})).text
+        plain = (await http.get("/", params={"type": "text/plain"})).text
+    assert plain == "data: a\n\ndata: b\n\n"
+    assert events.replace(": waiting\n\n", "") == plain
+    assert ": waiting\n\n" in events

@@ -1,0 +1,53 @@
+"""A real decode engine dies in the middle of a stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import MODEL, Server, marked, wait_for
+from tests.pools import Pools
+
+REPLACED_S = 400.0
+QUESTION = {"model": MODEL, "prompt": "The capital of France is", "max_tokens": 60, "temperature": 0, "logprobs": 1}
+
+
+def engine_core_of(server: Server, role: str) -> int:
+    """The process of the vLLM engine core of a role's only worker."""
+    replica = server.pids(role)[0]
+    for pid, command in marked(server.mark).items():
+        if command.startswith("VLLM::EngineCore") and f"PPid:\t{replica}\n" in Path(f"/proc/{pid}/status").read_text():
+            return pid
+    raise AssertionError(f"no engine core of {role}")
+
+
+def test_a_stream_outlives_its_decode_engine(server: Server, pools: Pools) -> None:
+    """It goes on in the other pool: the text, the logprobs and the usage are those of an undisturbed stream."""
+    whole = server.complete(**QUESTION)
+    died = pools.engines("decode")
+    chunks: list[dict[str, Any]] = []
+    usage: dict[str, Any] = {}
+    body = {**QUESTION, "stream": True, "stream_options": {"include_usage": True}}
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            usage = event.get("usage") or usage
+            chunks += event["choices"]
+            if len(chunks) == 10:
+                os.kill(engine_core_of(server, "decode"), signal.SIGKILL)
+    assert "".join(chunk["text"] for chunk in chunks) == whole["choices"][0]["text"]
+    tokens = [token for chunk in chunks if chunk["logprobs"] for token in chunk["logprobs"]["tokens"]]
+    assert tokens == whole["choices"][0]["logprobs"]["tokens"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (whole["usage"]["prompt_tokens"], 60)
+    assert 'baton_recoveries_total{fault="WorkerLost",kind="resumed"} 1.0' in server.client.get("/metrics").text
+
+    # Until it is replaced the prefill worker answers alone.
+    assert server.complete(**QUESTION)["choices"][0]["text"] == whole["choices"][0]["text"]
+    assert wait_for(lambda: len(pools.engines("decode")) == 1 and pools.engines("decode") != died, REPLACED_S)
+    assert wait_for(lambda: server.client.get("/health").status_code == 200, REPLACED_S)
+    assert server.complete(**QUESTION)["choices"][0]["text"] == whole["choices"][0]["text"]
