@@ -87,6 +87,8 @@ class SimulatedEngine:
     @classmethod
     async def start(cls, settings: EngineSettings) -> SimulatedEngine:
         """Start an engine; it listens for pulls on the transport's host."""
+        import vllm.v1.engine  # noqa: F401  # seconds that the first request would wait for
+
         engine = cls(settings)
         host = "127.0.0.1" if settings.transport.host == "auto" else settings.transport.host
         engine.facts = EngineFacts(

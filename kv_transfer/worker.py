@@ -57,10 +57,11 @@ class NoStream(Exception):
 
 
 def log_through_serve() -> None:
-    """Send Baton's log where Ray Serve sends the log of a replica."""
-    baton = logging.getLogger("baton")
-    baton.parent = logging.getLogger("ray.serve")
-    baton.setLevel(logging.INFO)
+    """Send Baton's log, and vLLM's of this process, where Ray Serve sends the log of a replica."""
+    for name in ("baton", "vllm"):
+        logger = logging.getLogger(name)
+        logger.parent = logging.getLogger("ray.serve")
+        logger.setLevel(logging.INFO)
 
 
 @dataclass
@@ -205,10 +206,15 @@ class EngineWorker:
 
     async def _drop_silent(self) -> None:
         """End the streams of front ends that died, which aborts their legs."""
+        period = FRONT_END_SILENCE_S / 4
         while True:
-            await asyncio.sleep(FRONT_END_SILENCE_S / 4)
+            slept = time.monotonic()
+            await asyncio.sleep(period)
+            now = time.monotonic()
             for name, peer in self._front_ends.items():
-                if time.monotonic() - peer.heard > FRONT_END_SILENCE_S:
+                if now - slept > 2 * period:
+                    peer.heard = now  # it was this process that stood still
+                elif now - peer.heard > FRONT_END_SILENCE_S:
                     logger.warning("front end %s is silent: its %d legs are aborted", name, len(peer.legs))
                     peer.queue.put_nowait(None)
 

@@ -56,6 +56,8 @@ class FrontEndLLM(AsyncLLM):
     @classmethod
     def over(cls, cluster: Cluster, config: VllmConfig) -> FrontEndLLM:
         """Build the front end over `cluster`. The one place where our client is put in for vLLM's own."""
+        # vLLM would close all handlers of this process, and with them Ray Serve's log.
+        config.logging_config.configure_logging = False
         with mock.patch.object(EngineCoreClient, "make_async_mp_client", staticmethod(lambda **_: cluster)):
             return cls(config, Executor.get_class(config), log_stats=True, log_requests=False)
 
@@ -100,8 +102,9 @@ class FrontEnd:
 async def start_front_end(config: Config, handles: dict[str, DeploymentHandle]) -> FrontEnd:
     """Connect to both pools, warm every path through them, and return the app once both can serve."""
     front_end = uuid.uuid4().hex
+    prefill_is_up = handles["prefill"].call.remote(None, "state", [])
     vllm_config = await handles["decode"].describe.remote(None)
-    await handles["prefill"].describe.remote(None)
+    await prefill_is_up
     cluster = Cluster(config.limits)
     cluster.fleet = Fleet(front_end, handles, cluster.on_outputs, cluster.on_lost, cluster.ledger.outstanding)
     llm = FrontEndLLM.over(cluster, vllm_config)

@@ -1,0 +1,61 @@
+"""A pool of workers in a snapshot: a tuple of their views that knows their order by load."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from functools import cached_property
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from runtime.policy.types import WorkerView
+
+
+class Pool(tuple["WorkerView", ...]):
+    """The workers of one role. Immutable; `with_view` makes the next pool for much less than a new sort."""
+
+    @classmethod
+    def of(cls, views: Iterable[WorkerView]) -> Pool:
+        """`views` as a pool."""
+        return views if isinstance(views, Pool) else cls(views)
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where each worker is in the tuple. Shared by the pools that follow from each other."""
+        return {view.engine_id: place for place, view in enumerate(self)}
+
+    @cached_property
+    def _order(self) -> list[tuple[tuple[float, ...], int]]:
+        """Load and place of each worker, least loaded first."""
+        return sorted((view.load, place) for place, view in enumerate(self))
+
+    def find(self, engine_id: str) -> WorkerView | None:
+        """The view of a worker, if it is in this pool."""
+        place = self.places.get(engine_id)
+        return None if place is None else self[place]
+
+    def with_view(self, view: WorkerView) -> Pool:
+        """This pool with a newer view of one of its workers.
+
+        Raises:
+            KeyError: the worker is not in this pool.
+        """
+        place = self.places[view.engine_id]
+        pool = Pool((*self[:place], view, *self[place + 1 :]))
+        order: list[tuple[Any, int]] = self._order.copy()
+        del order[bisect_left(order, (self[place].load, place))]
+        insort(order, (view.load, place))
+        pool.__dict__.update(places=self.places, _order=order)
+        return pool
+
+    def least_loaded(self, count: int, spread: int) -> list[WorkerView]:
+        """So many workers with the least load. Where more than that are equal, `spread` says which ones."""
+        if len(self) <= count:
+            return list(self)
+        order = self._order
+        equal = bisect_right(order, (order[0][0], len(self)))
+        if equal <= count:
+            return [self[place] for _, place in islice(order, count)]
+        return [self[order[(spread + number) % equal][1]] for number in range(count)]
