@@ -5,12 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from runtime.policy.types import WorkerView
+    from runtime.policy.types import Load, WorkerView
 
 
 class Pool(tuple["WorkerView", ...]):
@@ -27,7 +27,7 @@ class Pool(tuple["WorkerView", ...]):
         return {view.engine_id: place for place, view in enumerate(self)}
 
     @cached_property
-    def _order(self) -> list[tuple[tuple[float, ...], int]]:
+    def _order(self) -> list[tuple[Load, int]]:
         """Load and place of each worker, least loaded first."""
         return sorted((view.load, place) for place, view in enumerate(self))
 
@@ -44,7 +44,7 @@ class Pool(tuple["WorkerView", ...]):
         """
         place = self.places[view.engine_id]
         pool = Pool((*self[:place], view, *self[place + 1 :]))
-        order: list[tuple[Any, int]] = self._order.copy()
+        order = self._order.copy()
         del order[bisect_left(order, (self[place].load, place))]
         insort(order, (view.load, place))
         pool.__dict__.update(places=self.places, _order=order)

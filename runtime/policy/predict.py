@@ -28,24 +28,31 @@ class Share(NamedTuple):
     gap_s: float  # longest single gap that it makes or suffers there
     excess: float  # how far over the limits, as a part of the limit; 0 is within
 
+    @property
+    def no_room(self) -> bool:
+        """Whether blocks or places are missing."""
+        return self.excess >= NO_ROOM
+
 
 def read(worker: WorkerView, request: RequestView, settings: RoutingSettings) -> Share:
-    """The prompt on a worker whose blocks go elsewhere."""
-    cached, uncached = _split(worker, request)
-    seconds, gap_s = _reading(worker, uncached, worker.streams)
-    excess = _over(gap_s, settings.gap_limit_s) + _no_room(worker, request, 0)
+    """The prompt on a worker whose blocks go elsewhere. It needs blocks, but no place among the streams."""
+    cached = _cached(worker, request)
+    seconds, gap_s = _reading(worker, request.prompt_tokens - cached, worker.streams)
+    excess = gap_s / settings.gap_limit_s - 1.0 if gap_s > settings.gap_limit_s else 0.0
+    if request.prompt_tokens > worker.room_tokens:
+        excess += NO_ROOM + request.prompt_tokens - worker.room_tokens
     return Share(worker, cached, seconds, 0.0, gap_s, excess)
 
 
 def write(worker: WorkerView, request: RequestView, settings: RoutingSettings) -> Share:
     """The answer on a worker that fetches the blocks it lacks. Its first step may have a prompt of others in it."""
-    cached, uncached = _split(worker, request)
-    itl_s = (worker.step or FREE).of(worker.streams + 1)
-    gap_s = itl_s + _chunk_s(worker, worker.queued_tokens or 0)
-    pull = worker.pull or FREE
-    seconds = pull.of(worker.pulling_tokens + uncached) + gap_s
-    excess = max(_over(itl_s, settings.itl_limit_s), _over(gap_s, settings.gap_limit_s)) + _no_room(worker, request, 1)
-    return Share(worker, cached, seconds, itl_s, gap_s, excess)
+    cached = _cached(worker, request)
+    step, pull = worker.step or FREE, worker.pull or FREE
+    itl_s = gap_s = step.fixed_s + step.each_s * (worker.streams + 1)
+    if worker.queued_tokens:
+        gap_s += _chunk_s(worker, worker.queued_tokens)
+    seconds = pull.fixed_s + pull.each_s * (worker.pulling_tokens + request.prompt_tokens - cached) + gap_s
+    return Share(worker, cached, seconds, itl_s, gap_s, _excess(worker, request, settings, itl_s, gap_s))
 
 
 def whole(worker: WorkerView, request: RequestView, settings: RoutingSettings, beside: int) -> Share:
@@ -53,25 +60,39 @@ def whole(worker: WorkerView, request: RequestView, settings: RoutingSettings, b
 
     Reading that takes longer than one gap may be is the time between tokens for a while, and has to keep that limit.
     """
-    cached, uncached = _split(worker, request)
-    seconds, gap_s = _reading(worker, uncached, beside)
-    itl_s = (worker.step or FREE).of(worker.streams + 1)
-    if seconds > settings.gap_limit_s:
-        itl_s = max(itl_s, gap_s)
-    excess = max(_over(itl_s, settings.itl_limit_s), _over(gap_s, settings.gap_limit_s)) + _no_room(worker, request, 1)
-    return Share(worker, cached, seconds, itl_s, gap_s, excess)
+    cached = _cached(worker, request)
+    seconds, gap_s = _reading(worker, request.prompt_tokens - cached, beside)
+    step = worker.step or FREE
+    itl_s = step.fixed_s + step.each_s * (worker.streams + 1)
+    if gap_s > itl_s and seconds > settings.gap_limit_s:
+        itl_s = gap_s
+    return Share(worker, cached, seconds, itl_s, gap_s, _excess(worker, request, settings, itl_s, gap_s))
 
 
-def _split(worker: WorkerView, request: RequestView) -> tuple[int, int]:
-    """Cached and uncached tokens of the prompt; the last token is always computed."""
-    cached = min(request.cached.get(worker.engine_id, 0), request.prompt_tokens - 1) if request.cached else 0
-    return cached, request.prompt_tokens - cached
+def alone(worker: WorkerView, request: RequestView, settings: RoutingSettings) -> Share:
+    """All of a request on a worker, with the streams that are there now."""
+    return whole(worker, request, settings, worker.streams)
+
+
+def alone_beside(worker: WorkerView, request: RequestView, settings: RoutingSettings) -> Share:
+    """All of a request on a decode worker: one without streams may get a stream while it reads."""
+    return whole(worker, request, settings, worker.streams or 1)
+
+
+def alone_idle(worker: WorkerView, request: RequestView, settings: RoutingSettings) -> Share:
+    """All of a request on a worker that has no streams and is to get none meanwhile."""
+    return whole(worker, request, settings, 0)
+
+
+def _cached(worker: WorkerView, request: RequestView) -> int:
+    """Tokens of the prompt that need not be computed; the last one always is."""
+    return min(request.cached.get(worker.engine_id, 0), request.prompt_tokens - 1) if request.cached else 0
 
 
 def _reading(worker: WorkerView, uncached: int, beside: int) -> tuple[float, float]:
     """Seconds until the prompt is read here, and the longest gap that this makes in so many streams."""
     cost = worker.prefill or UNMEASURED
-    seconds = worker.backlog_s + cost.of(uncached)
+    seconds = worker.backlog_s + cost.fixed_s + cost.each_s * uncached
     if not beside:
         return seconds, 0.0
     tokens = worker.waiting_tokens + uncached
@@ -86,16 +107,13 @@ def _chunk_s(worker: WorkerView, tokens: int) -> float:
     return (worker.prefill or UNMEASURED).each_s * min(tokens, worker.max_step_tokens or tokens)
 
 
-def _over(value_s: float, limit_s: float) -> float:
-    return value_s / limit_s - 1.0 if value_s > limit_s else 0.0
-
-
-def _no_room(worker: WorkerView, request: RequestView, streams: int) -> float:
-    """The excess for lack of blocks, and of places for so many more streams."""
-    excess = 0.0
-    if worker.free_blocks is not None:
-        missing = request.prompt_tokens // worker.block_tokens + 1 - worker.free_blocks
-        excess += NO_ROOM + missing if missing > 0 else 0.0
-    if worker.max_streams is not None and worker.streams + streams > worker.max_streams:
+def _excess(worker: WorkerView, request: RequestView, settings: RoutingSettings, itl_s: float, gap_s: float) -> float:
+    """How far over the limits a worker that writes the answer would be."""
+    excess = itl_s / settings.itl_limit_s - 1.0 if itl_s > settings.itl_limit_s else 0.0
+    if gap_s > settings.gap_limit_s:
+        excess = max(excess, gap_s / settings.gap_limit_s - 1.0)
+    if request.prompt_tokens > worker.room_tokens:
+        excess += NO_ROOM + request.prompt_tokens - worker.room_tokens
+    if worker.max_streams is not None and worker.streams >= worker.max_streams:
         excess += NO_ROOM + worker.streams
     return excess

@@ -1,27 +1,72 @@
-"""Where each half of a request runs: a pure function of the request and the snapshot."""
+"""Where each half of a request runs: a pure function of the request and the snapshot.
+
+Of the plans that keep the time between tokens within its limits, the one with the least predicted time to first token
+wins (`predict.py` has the predictions). So a request follows its cache until the backlog there costs more than the hit
+saves, a short prompt is read where it is decoded, and a pool that is behind is helped by an idle worker of the other.
+"""
 
 from __future__ import annotations
 
-from runtime.policy.types import Disaggregated, Local, Plan, Refused, RequestView, Snapshot, WorkerView
+from dataclasses import dataclass
+
+from runtime.policy.decision import Candidate, Decision, rank
+from runtime.policy.types import Plan, Refused, RequestView, RoutingSettings, Snapshot
+
+LATENCY = RoutingSettings()
+
+REASONS = {
+    "no_workers": "refused: no worker can take work",
+    "no_decode_workers": "there is only the prefill pool",
+    "needs_prompt_logprobs": "the request can't be disaggregated",
+    "no_prefill_workers": "there is only the decode pool",
+    "always": "the settings say so, where it is possible",
+    "never": "the settings say so",
+    "least_loaded": "workers without figures: by what this front end sent them",
+    "over_limits": "no plan keeps the limits; this one is least over them",
+    "follows_cache": "quickest: this worker holds more of the prompt than the least loaded one",
+    "protects_streams": "quickest within the limits: reading on a decode worker would hold up its streams",
+    "least_ttft": "quickest",
+    "short_prompt": "quickest: what is not cached can be read on the decode worker within the limits",
+    "decode_idle": "quickest: prefill is behind, and this decode worker has no streams to disturb",
+    "decode_behind": "no decode worker keeps the limits, and this prefill worker is idle",
+}
+"""Why a plan was chosen: all labels there are, and what they mean."""
 
 
-def route(request: RequestView, snapshot: Snapshot) -> Plan | Refused:
-    """The least loaded decode worker, and the least loaded prefill worker where the request can be disaggregated.
-
-    Without a prefill worker the decode worker reads the prompt itself, and without a decode worker a prefill worker
-    writes the answer: slower for others, but nothing waits for a pool that may never come back.
-    """
+def route(request: RequestView, snapshot: Snapshot, settings: RoutingSettings = LATENCY) -> Plan | Refused:
+    """The plan for a request, with its reason and prediction; or why there is none."""
     if not snapshot.decode and not snapshot.prefill:
         return Refused("no_workers")
-    if not snapshot.decode:
-        return Local(min(snapshot.prefill, key=_load).engine_id, "no_decode_workers")
-    decode = min(snapshot.decode, key=_load).engine_id
-    if not request.can_disaggregate:
-        return Local(decode, "needs_prompt_logprobs")
-    if not snapshot.prefill:
-        return Local(decode, "no_prefill_workers")
-    return Disaggregated(min(snapshot.prefill, key=_load).engine_id, decode)
+    return Decision(request, snapshot, settings).plan()
 
 
-def _load(worker: WorkerView) -> tuple[int, int, str]:
-    return worker.tokens, worker.requests, worker.engine_id
+@dataclass(frozen=True)
+class Verdict:
+    """A candidate that was looked at, and why it won or lost."""
+
+    plan: Plan
+    why: str
+
+
+def explain(
+    request: RequestView, snapshot: Snapshot, settings: RoutingSettings = LATENCY
+) -> tuple[Plan | Refused, list[Verdict]]:
+    """The answer of `route`, and the candidates, best first. A worker is shown with the best one of the other pool."""
+    answer = route(request, snapshot, settings)
+    if isinstance(answer, Refused):
+        return answer, []
+    decision = Decision(request, snapshot, settings)
+    winner = decision.winner
+    verdicts = [Verdict(answer, f"wins: {REASONS[answer.reason]}")]
+    rest = sorted((c for c in decision.all_candidates() if c != winner), key=rank)
+    return answer, [*verdicts, *(Verdict(decision.as_plan(c, ""), _why_not(c, winner)) for c in rest)]
+
+
+def _why_not(candidate: Candidate, winner: Candidate) -> str:
+    if candidate.barred:
+        return f"not considered: {candidate.barred}"
+    if candidate.excess > winner.excess:
+        shares = [candidate.writes, candidate.reads] if candidate.reads else [candidate.writes]
+        full = [share.worker.engine_id for share in shares if share.no_room]
+        return f"no room on {', '.join(full)}" if full else f"{candidate.excess:.0%} over the limits"
+    return f"{max(0.0, candidate.ttft_s - winner.ttft_s):.3f} s slower"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Literal
 
 from runtime.policy.pool import Pool
@@ -23,6 +24,9 @@ class Cost:
 
 UNMEASURED = Cost(0.0, 1e-4)
 """Stands for the prefill cost of a worker without figures, so that tokens can be compared with each other."""
+
+
+Load = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +52,23 @@ class WorkerView:
     step: Cost | None = None  # one decode step: fixed part, and for each stream
     pull: Cost | None = None  # fetching blocks: fixed part for each handoff, and for each token
 
-    @property
-    def waiting_tokens(self) -> int:
-        """Prompt tokens that come before those of a request that is sent now."""
-        return self.tokens if self.queued_tokens is None else self.queued_tokens
+    # Worked out once, for a view is looked at for many requests:
+    waiting_tokens: int = field(init=False, compare=False)  # prompt tokens that come before those of a new request
+    backlog_s: float = field(init=False, compare=False)  # seconds until they are read
+    room_tokens: float = field(init=False, compare=False)  # longest prompt that there are blocks for
+    load: Load = field(init=False, compare=False)  # orders a pool; coarse, so that workers can be equal
 
-    @property
-    def backlog_s(self) -> float:
-        """Seconds until this worker has read the prompts that it has."""
+    def __post_init__(self) -> None:
         cost = self.prefill or UNMEASURED
-        return cost.fixed_s * self.queued_requests + cost.each_s * self.waiting_tokens
-
-    @property
-    def load(self) -> tuple[float, float, int, int, int]:
-        """Orders the workers of a pool; coarse, so that workers with about the same work are equal."""
+        waiting = self.tokens if self.queued_tokens is None else self.queued_tokens
+        backlog_s = cost.fixed_s * self.queued_requests + cost.each_s * waiting
+        room = inf if self.free_blocks is None else (self.free_blocks - 1) * self.block_tokens
         step_s = self.step.of(self.streams + 1) if self.step else 0.0
-        return round(self.backlog_s, 2), round(step_s, 3), self.streams, self.tokens, self.requests
+        derive = object.__setattr__  # the way of frozen dataclasses
+        derive(self, "waiting_tokens", waiting)
+        derive(self, "backlog_s", backlog_s)
+        derive(self, "room_tokens", room)
+        derive(self, "load", (int(backlog_s * 100), int(step_s * 1000), self.streams, self.tokens, self.requests))
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ PRESETS: dict[str, RoutingSettings] = {
     "latency": RoutingSettings(),
     "throughput": RoutingSettings(itl_limit_s=0.2, gap_limit_s=1.0, behind_s=0.02),
     "always-disaggregated": RoutingSettings(mode="always", borrow=False),
-    "never": RoutingSettings(mode="never", borrow=False),
+    "never": RoutingSettings(mode="never", itl_limit_s=inf, gap_limit_s=inf, borrow=False),
 }
 """Settings by name."""
 

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-import pytest
+from collections import Counter
+from dataclasses import replace
+from typing import Any
 
-from runtime.policy.routing import route
-from runtime.policy.types import Disaggregated, Local, Plan, Refused, RequestView, Snapshot, WorkerView
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.policy.pool import Pool
+from runtime.policy.routing import REASONS, explain, route
+from runtime.policy.types import (
+    PRESETS,
+    Cost,
+    Disaggregated,
+    Local,
+    Plan,
+    Refused,
+    RequestView,
+    RoutingSettings,
+    Snapshot,
+    WorkerView,
+)
+
+# Without figures: what this front end sent decides.
 
 P1, P2 = WorkerView("p1", 1, 100), WorkerView("p2", 5, 50)
 D1, D2 = WorkerView("d1", 0, 0), WorkerView("d2", 1, 10)
 PROMPT = RequestView(100)
 WHOLE = RequestView(100, can_disaggregate=False)
 
-CASES: list[tuple[str, RequestView, Snapshot, Plan | Refused]] = [
-    ("fewest tokens wins", PROMPT, Snapshot((P1, P2), (D1, D2)), Disaggregated("p2", "d1")),
+UNMEASURED: list[tuple[str, RequestView, Snapshot, Plan | Refused]] = [
+    ("fewest tokens wins", PROMPT, Snapshot((P1, P2), (D1, D2)), Disaggregated("p2", "d1", "least_loaded")),
     ("prompt logprobs run whole", WHOLE, Snapshot((P1,), (D1,)), Local("d1", "needs_prompt_logprobs")),
     ("no prefill worker", PROMPT, Snapshot((), (D2, D1)), Local("d1", "no_prefill_workers")),
     ("no decode worker", PROMPT, Snapshot((P1, P2), ()), Local("p2", "no_decode_workers")),
@@ -21,7 +41,418 @@ CASES: list[tuple[str, RequestView, Snapshot, Plan | Refused]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("request_view", "snapshot", "plan"), [c[1:] for c in UNMEASURED], ids=[c[0] for c in UNMEASURED]
+)
+def test_workers_without_figures(request_view: RequestView, snapshot: Snapshot, plan: Plan | Refused) -> None:
+    """The least loaded ones, and what can be disaggregated is."""
+    answer = route(request_view, snapshot)
+    assert answer == plan
+    assert isinstance(answer, Refused) or (answer.predicted and not answer.predicted.measured)
+
+
+# With figures. A prompt token takes 1 ms, a step 20 ms and 1 ms for each stream, a pull 10 ms and 0.01 ms for each
+# token: 100 tokens are read in 0.11 s, which fits into a gap of 0.2 s; 1,000 tokens take 1.01 s.
+
+
+def prefill(name: str = "p1", **figures: Any) -> WorkerView:
+    """An idle prefill worker, but for `figures`."""
+    known = {"queued_tokens": 0, "prefill": Cost(0.01, 0.001), "step": Cost(0.02, 0.001), "pull": Cost(0.01, 1e-5)}
+    return WorkerView(name, 0, 0, **{**known, "max_step_tokens": 2048, **figures})
+
+
+def decode(name: str = "d1", **figures: Any) -> WorkerView:
+    """A decode worker with four streams, but for `figures`."""
+    return prefill(name, **{"streams": 4, **figures})
+
+
+def request(tokens: int, **more: Any) -> RequestView:
+    """A prompt of so many tokens."""
+    return RequestView(tokens, **more)
+
+
+SHORT, LONG = request(100), request(1000)
+BUSY = {"queued_tokens": 3000, "queued_requests": 3}  # three seconds of prompts
+STREAMS = {"streams": 100}  # 0.12 s between tokens: over the limit of 0.1 s
+
+CASES: list[tuple[str, RequestView, Snapshot, Plan]] = [
+    (
+        "a short prompt is read where it is decoded",
+        SHORT,
+        Snapshot((prefill(),), (decode(),)),
+        Local("d1", "short_prompt"),
+    ),
+    (
+        "a long one would stall the streams there",
+        LONG,
+        Snapshot((prefill(),), (decode(),)),
+        Disaggregated("p1", "d1", "protects_streams"),
+    ),
+    (
+        "or those that may come while it is read",
+        LONG,
+        Snapshot((prefill(),), (decode(streams=0),)),
+        Disaggregated("p1", "d1", "protects_streams"),
+    ),
+    (
+        "short prompts add up: three hundred tokens wait already",
+        SHORT,
+        Snapshot((prefill(),), (decode(queued_tokens=300, queued_requests=3), decode("d2"))),
+        Local("d2", "short_prompt"),
+    ),
+    (
+        "and then prefill reads them",
+        SHORT,
+        Snapshot((prefill(),), (decode(queued_tokens=120, queued_requests=3),)),
+        Disaggregated("p1", "d1", "least_ttft"),
+    ),
+    (
+        "what is cached on the decode worker is not read",
+        request(1000, cached={"d2": 960}),
+        Snapshot((prefill(),), (decode(), decode("d2"))),
+        Local("d2", "short_prompt"),
+    ),
+    (
+        "small steps make small gaps, but a long prompt makes many of them",
+        LONG,
+        Snapshot((prefill(),), (decode(max_step_tokens=120),)),
+        Disaggregated("p1", "d1", "least_ttft"),
+    ),
+    (
+        "unless each keeps the time between tokens, and prefill has work",
+        LONG,
+        Snapshot((prefill(queued_tokens=3000, queued_requests=3),), (decode(max_step_tokens=64, streams=2),)),
+        Local("d1", "short_prompt"),
+    ),
+    (
+        "the prefill worker with less to read",
+        LONG,
+        Snapshot((prefill(**BUSY), prefill("p2", queued_tokens=500, queued_requests=9)), (decode(),)),
+        Disaggregated("p2", "d1", "protects_streams"),
+    ),
+    (
+        "fewer seconds of work, not fewer tokens",
+        LONG,
+        Snapshot(
+            (prefill(queued_tokens=900), prefill("p2", queued_tokens=1500, prefill=Cost(0.01, 0.0002))), (decode(),)
+        ),
+        Disaggregated("p2", "d1", "least_ttft"),
+    ),
+    (
+        "the cache, while the backlog there costs less than the hit saves",
+        request(1000, cached={"p2": 800}),
+        Snapshot((prefill(), prefill("p2", queued_tokens=700)), (decode(),)),
+        Disaggregated("p2", "d1", "follows_cache"),
+    ),
+    (
+        "and not when it costs more",
+        request(1000, cached={"p2": 800}),
+        Snapshot((prefill(), prefill("p2", queued_tokens=900)), (decode(),)),
+        Disaggregated("p1", "d1", "protects_streams"),
+    ),
+    (
+        "the decode worker that has most of the blocks, when fetching is slow",
+        request(1000, cached={"d2": 700, "p1": 700}),
+        Snapshot((prefill(),), (decode(pull=Cost(0.01, 1e-3)), decode("d2", pull=Cost(0.01, 1e-3), streams=20))),
+        Disaggregated("p1", "d2", "protects_streams"),
+    ),
+    (
+        "a decode worker that keeps the time between tokens",
+        LONG,
+        Snapshot((prefill(),), (decode(**STREAMS, pull=Cost(0, 0)), decode("d2", streams=60))),
+        Disaggregated("p1", "d2", "protects_streams"),
+    ),
+    (
+        "a decode worker with blocks left",
+        LONG,
+        Snapshot((prefill(),), (decode(free_blocks=60), decode("d2", streams=60, free_blocks=70))),
+        Disaggregated("p1", "d2", "protects_streams"),
+    ),
+    (
+        "a decode worker with a place left",
+        LONG,
+        Snapshot((prefill(),), (decode(max_streams=4), decode("d2", streams=60, max_streams=61))),
+        Disaggregated("p1", "d2", "protects_streams"),
+    ),
+    (
+        "a prefill worker with blocks left",
+        LONG,
+        Snapshot((prefill(free_blocks=10), prefill("p2", queued_tokens=100)), (decode(),)),
+        Disaggregated("p2", "d1", "protects_streams"),
+    ),
+    (
+        "an idle decode worker takes a long prompt when prefill is behind",
+        LONG,
+        Snapshot((prefill(**BUSY),), (decode(), decode("d2", streams=0))),
+        Local("d2", "decode_idle"),
+    ),
+    (
+        "but not one that is fetching blocks",
+        LONG,
+        Snapshot((prefill(**BUSY),), (decode(), decode("d2", streams=0, pulling_tokens=100))),
+        Disaggregated("p1", "d2", "protects_streams"),
+    ),
+    (
+        "an idle prefill worker takes the whole request when decode is behind",
+        LONG,
+        Snapshot((prefill(**BUSY), prefill("p2")), (decode(**STREAMS),)),
+        Local("p2", "decode_behind"),
+    ),
+    (
+        "but not one with prompts of its own",
+        LONG,
+        Snapshot((prefill(**BUSY),), (decode(**STREAMS),)),
+        Disaggregated("p1", "d1", "over_limits"),
+    ),
+    (
+        "a lent prefill worker is given back: prompts go where they stall nobody",
+        LONG,
+        Snapshot((prefill(streams=3), prefill("p2", queued_tokens=800)), (decode(),)),
+        Disaggregated("p2", "d1", "protects_streams"),
+    ),
+    (
+        "prompt logprobs go to an idle prefill worker too",
+        request(100, can_disaggregate=False),
+        Snapshot((prefill(),), (decode(**STREAMS),)),
+        Local("p1", "decode_behind"),
+    ),
+    (
+        "a prompt that is read at once is quickest through prefill when it costs nothing to hand over",
+        SHORT,
+        Snapshot((prefill(prefill=Cost(0, 1e-5)),), (decode(pull=Cost(0, 0)),)),
+        Disaggregated("p1", "d1", "least_ttft"),
+    ),
+]
+
+
 @pytest.mark.parametrize(("request_view", "snapshot", "plan"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
-def test_route(request_view: RequestView, snapshot: Snapshot, plan: Plan | Refused) -> None:
-    """The plan for each situation."""
+def test_adaptive(request_view: RequestView, snapshot: Snapshot, plan: Plan) -> None:
+    """The least time to first token among the plans that keep the limits."""
     assert route(request_view, snapshot) == plan
+
+
+MODES: list[tuple[str, RequestView, Snapshot, Plan]] = [
+    ("always-disaggregated", SHORT, Snapshot((prefill(),), (decode(),)), Disaggregated("p1", "d1", "always")),
+    ("always-disaggregated", LONG, Snapshot((prefill(),), (decode(**STREAMS),)), Disaggregated("p1", "d1", "always")),
+    ("always-disaggregated", LONG, Snapshot((), (decode(),)), Local("d1", "no_prefill_workers")),
+    ("always-disaggregated", WHOLE, Snapshot((prefill(),), (decode(),)), Local("d1", "needs_prompt_logprobs")),
+    ("never", LONG, Snapshot((prefill(),), (decode(),)), Local("p1", "never")),
+    ("never", LONG, Snapshot((prefill(**BUSY),), (decode(**STREAMS),)), Local("d1", "never")),
+    ("never", LONG, Snapshot((), (decode(),)), Local("d1", "never")),
+    ("never", LONG, Snapshot((prefill(),), ()), Local("p1", "never")),
+    ("latency", request(300), Snapshot((prefill(),), (decode(),)), Disaggregated("p1", "d1", "protects_streams")),
+    ("throughput", request(300), Snapshot((prefill(),), (decode(),)), Local("d1", "short_prompt")),
+]
+
+
+@pytest.mark.parametrize(("preset", "request_view", "snapshot", "plan"), MODES)
+def test_presets(preset: str, request_view: RequestView, snapshot: Snapshot, plan: Plan) -> None:
+    """Each preset does what its name says."""
+    assert route(request_view, snapshot, PRESETS[preset]) == plan
+
+
+def test_no_borrowing_when_switched_off() -> None:
+    """The pools keep to their own work."""
+    own = RoutingSettings(borrow=False)
+    assert isinstance(route(LONG, Snapshot((prefill(),), (decode(**STREAMS),)), own), Disaggregated)
+    assert isinstance(route(LONG, Snapshot((prefill(**BUSY),), (decode(streams=0),)), own), Disaggregated)
+
+
+def test_prediction_of_a_disaggregated_plan() -> None:
+    """Backlog, reading, messages, fetching what is not there, and one step."""
+    snapshot = Snapshot((prefill(queued_tokens=500, queued_requests=2),), (decode(),), handoff_s=0.003)
+    plan = route(request(1000, cached={"p1": 200, "d1": 400}), snapshot)
+    assert isinstance(plan, Disaggregated)
+    assert plan.predicted
+    assert plan.predicted.ttft_s == pytest.approx((0.52 + 0.81) + 0.003 + (0.01 + 600 * 1e-5) + 0.025)
+    assert plan.predicted.itl_s == plan.predicted.gap_s == pytest.approx(0.025)
+    assert (plan.predicted.uncached_tokens, plan.predicted.pulled_tokens, plan.predicted.measured) == (800, 600, True)
+
+
+def test_prediction_of_a_local_plan() -> None:
+    """Reading beside four streams: their gap is the step with the prompt in it."""
+    plan = route(SHORT, Snapshot((prefill(),), (decode(),)))
+    assert isinstance(plan, Local)
+    assert plan.predicted
+    assert plan.predicted.ttft_s == pytest.approx(0.11 + 0.024)
+    assert plan.predicted.gap_s == pytest.approx(0.024 + 0.1)
+    assert plan.predicted.itl_s == pytest.approx(0.025)
+    assert (plan.predicted.uncached_tokens, plan.predicted.pulled_tokens) == (100, 0)
+
+
+def test_a_prompt_that_is_cached_to_its_end_is_not_free() -> None:
+    """The last token is always computed."""
+    plan = route(request(1000, cached={"d1": 1000}), Snapshot((prefill(),), (decode(),)))
+    assert isinstance(plan, Local)
+    assert plan.predicted
+    assert plan.predicted.uncached_tokens == 1
+
+
+def test_equal_workers_share_requests() -> None:
+    """By the request's id: the same request goes to the same worker, a burst goes everywhere."""
+    snapshot = Snapshot(tuple(prefill(f"p{n}") for n in range(40)), tuple(decode(f"d{n}") for n in range(40)))
+    plans = [route(request(1000, request_id=f"r{n}"), snapshot) for n in range(400)]
+    assert plans == [route(request(1000, request_id=f"r{n}"), snapshot) for n in range(400)]
+    for half in ("prefill", "decode"):
+        uses = Counter(getattr(plan, half) for plan in plans)
+        assert len(uses) == 40
+        assert max(uses.values()) < 30
+
+
+def test_holders_are_found_among_many() -> None:
+    """A busy worker that holds the prompt is looked at although a thousand are less loaded."""
+    pool = [prefill(f"p{n}", queued_tokens=n) for n in range(1000)]
+    plan = route(request(2000, cached={"gone": 2000, "p700": 1900}), Snapshot(tuple(pool), (decode(),)))
+    assert plan == Disaggregated("p700", "d1", "follows_cache")
+
+
+def test_looks_further_when_the_least_loaded_do_not_do() -> None:
+    """The least loaded decode workers have no blocks left, one further on has."""
+    pool = [decode(f"d{n}", streams=n, free_blocks=100 if n == 11 else 1) for n in range(30)]
+    assert route(LONG, Snapshot((prefill(),), tuple(pool))) == Disaggregated("p1", "d11", "protects_streams")
+
+
+def test_explain_shows_what_was_looked_at() -> None:
+    """The winner first; every other one with its prediction and what was against it."""
+    snapshot = Snapshot((prefill(), prefill("p2", queued_tokens=500)), (decode(), decode("d2", free_blocks=5)))
+    answer, verdicts = explain(LONG, snapshot)
+    assert verdicts[0].plan == answer == route(LONG, snapshot)
+    assert verdicts[0].why == f"wins: {REASONS['protects_streams']}"
+    why = {(getattr(v.plan, "prefill", None), v.plan.decode): v.why for v in verdicts}
+    assert why["p2", "d1"] == "0.500 s slower"
+    assert why["p1", "d2"] == "no room on d2"
+    assert why[None, "d1"].endswith("over the limits")
+    assert why[None, "p1"] == "not considered: the decode pool is not behind"
+    assert why[None, "p2"] == "not considered: the prefill worker has prompts of its own"
+    assert len(why) == len(verdicts) == 7
+    assert all(verdict.plan.predicted for verdict in verdicts)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("snapshot", [c[2] for c in CASES + UNMEASURED], ids=[c[0] for c in CASES + UNMEASURED])
+def test_explain_agrees_with_route(preset: str, snapshot: Snapshot) -> None:
+    """In every situation."""
+    for request_view in (SHORT, LONG, WHOLE):
+        answer, verdicts = explain(request_view, snapshot, PRESETS[preset])
+        assert answer == route(request_view, snapshot, PRESETS[preset])
+        assert not verdicts if isinstance(answer, Refused) else verdicts[0].plan == answer
+
+
+# Properties
+
+COSTS = st.builds(Cost, st.floats(0, 0.1), st.floats(1e-6, 0.01))
+TOKENS = st.integers(0, 20_000)
+VIEWS = st.builds(
+    WorkerView,
+    engine_id=st.just(""),
+    requests=st.integers(0, 50),
+    tokens=TOKENS,
+    queued_tokens=st.none() | st.just(0) | TOKENS,
+    queued_requests=st.integers(0, 20),
+    streams=st.just(0) | st.integers(0, 300),
+    pulling_tokens=st.just(0) | TOKENS,
+    free_blocks=st.none() | st.integers(0, 5000),
+    max_streams=st.none() | st.integers(1, 300),
+    max_step_tokens=st.none() | st.integers(64, 8192),
+    prefill=st.none() | COSTS,
+    step=st.none() | COSTS,
+    pull=st.none() | COSTS,
+)
+
+
+def named(letter: str, views: list[WorkerView]) -> Pool:
+    """The views as a pool of workers of different names."""
+    return Pool(replace(view, engine_id=f"{letter}{place}") for place, view in enumerate(views))
+
+
+SNAPSHOTS = st.builds(
+    Snapshot,
+    st.lists(VIEWS, max_size=7).map(lambda views: named("p", views)),
+    st.lists(VIEWS, max_size=7).map(lambda views: named("d", views)),
+    st.floats(0, 0.1),
+)
+REQUESTS = st.builds(
+    RequestView,
+    prompt_tokens=st.integers(1, 30_000),
+    can_disaggregate=st.booleans(),
+    request_id=st.text("abc", max_size=3),
+    cached=st.dictionaries(st.sampled_from(["p0", "p1", "p5", "d0", "d2", "d6", "gone"]), TOKENS),
+)
+SETTINGS = st.sampled_from(list(PRESETS.values()))
+
+
+def users(plan: Plan | Refused) -> set[str]:
+    """The workers of a plan."""
+    if isinstance(plan, Disaggregated):
+        return {plan.prefill, plan.decode}
+    return {plan.decode} if isinstance(plan, Local) else set()
+
+
+@settings(max_examples=300, deadline=None)
+@given(REQUESTS, SNAPSHOTS, SETTINGS)
+def test_plans_only_on_workers_that_are_there(
+    request_view: RequestView, snapshot: Snapshot, routing: RoutingSettings
+) -> None:
+    """Each half on a worker of the snapshot, of the right pool; refused only when there is nobody; a known reason."""
+    plan = route(request_view, snapshot, routing)
+    assert plan.reason in REASONS
+    assert isinstance(plan, Refused) == (not snapshot.prefill and not snapshot.decode)
+    assert users(plan) <= {view.engine_id for pool in (snapshot.prefill, snapshot.decode) for view in pool}
+    if isinstance(plan, Disaggregated):
+        assert request_view.can_disaggregate
+        assert plan.prefill.startswith("p")
+        assert plan.decode.startswith("d")
+    if not isinstance(plan, Refused):
+        assert plan.predicted
+        assert plan.predicted.ttft_s >= 0
+
+
+MORE = st.fixed_dictionaries(
+    {},
+    optional={
+        "tokens": TOKENS,
+        "queued_tokens": TOKENS,
+        "queued_requests": TOKENS,
+        "streams": st.integers(0, 300),
+        "pulling_tokens": TOKENS,
+    },
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(REQUESTS, SNAPSHOTS, SETTINGS, st.sampled_from(["p0", "p1", "p5", "d0", "d1", "d6"]), MORE)
+def test_more_load_never_attracts(
+    request_view: RequestView, snapshot: Snapshot, routing: RoutingSettings, name: str, more: dict[str, int]
+) -> None:
+    """A worker that was not chosen is not chosen when it has more to do and all else is the same."""
+    view = Pool.of(snapshot.prefill).find(name) or Pool.of(snapshot.decode).find(name)
+    before = route(request_view, snapshot, routing)
+    if view is None or name in users(before):
+        return
+    added = {key: value + (getattr(view, key) or 0) for key, value in more.items()}
+    if view.queued_tokens is None:
+        added.pop("queued_tokens", None)  # from unmeasured to measured is not more load
+    after = route(request_view, snapshot.with_view(replace(view, **added)), routing)
+    assert name not in users(after)
+
+
+@settings(max_examples=100, deadline=None)
+@given(SNAPSHOTS, st.lists(st.tuples(st.sampled_from(["p0", "p1", "d0", "d3"]), VIEWS), max_size=8), REQUESTS)
+def test_updated_snapshot_equals_a_new_one(
+    snapshot: Snapshot, news: list[tuple[str, WorkerView]], request_view: RequestView
+) -> None:
+    """`with_view` carries on the order by load correctly."""
+    for name, view in news:
+        if any(name in Pool.of(pool).places for pool in (snapshot.prefill, snapshot.decode)):
+            snapshot = snapshot.with_view(replace(view, engine_id=name))
+    fresh = Snapshot(tuple(snapshot.prefill), tuple(snapshot.decode), snapshot.handoff_s)
+    assert route(request_view, snapshot) == route(request_view, fresh)
+    for pool in (snapshot.prefill, snapshot.decode):
+        by_load = Pool.of(pool).least_loaded(3, 1)
+        assert [view.load for view in by_load] == sorted(view.load for view in pool)[:3] or len(pool) <= 3
+
+
+def test_a_worker_that_is_not_in_the_snapshot() -> None:
+    """News of a stranger are a mistake of the caller."""
+    with pytest.raises(KeyError):
+        Snapshot((P1,), (D1,)).with_view(WorkerView("x", 0, 0))
