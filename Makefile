@@ -47,10 +47,12 @@ format: ## format the code
 docs: ## write docs/configuration.md from the code
 	@$(PY) -m runtime.config_reference > docs/configuration.md
 
-lock: ## resolve requirements/cpu.lock anew (needs uv)
+lock: ## resolve requirements/*.lock anew (needs uv)
 	uv pip compile requirements/cpu.in --override requirements/overrides.txt --generate-hashes --python-version 3.11 \
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 	  --index https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match -o requirements/cpu.lock
+	uv pip compile requirements/tools.in --generate-hashes --python-version 3.11 \
+	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" -o requirements/tools.lock
 
 clean: ## remove the environment and all caches of the project
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

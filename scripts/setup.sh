@@ -38,6 +38,8 @@ install_cpu() {
   say "installing the CPU stack: about 200 packages, 1 GB to download, a few minutes"
   # shellcheck disable=SC2046  # none or two words
   pip_install --no-deps --require-hashes $(torch_index) -r requirements/cpu.lock
+  say "installing what the tests need beside it"
+  pip_install --no-deps --require-hashes -r requirements/tools.lock
 }
 
 install_gpu() {
@@ -48,7 +50,7 @@ install_gpu() {
 kind=cpu
 if nvidia-smi -L >/dev/null 2>&1; then kind=gpu; fi
 stamp=.venv/.baton-setup
-wanted="$kind $PWD $(cat requirements/cpu.lock requirements/demo-model.txt pyproject.toml scripts/setup.sh | sha256sum)"
+wanted="$kind $PWD $(cat requirements/*.lock requirements/demo-model.txt pyproject.toml scripts/setup.sh | sha256sum)"
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
   python=$(find_python)
   say "preparing .venv with $("$python" --version) for a machine $([ $kind = gpu ] && echo with || echo without) NVIDIA GPUs"
