@@ -1,7 +1,7 @@
 """A real vLLM engine core in its own process: start, submit, step outputs, abort.
 
 The one place that drives vLLM's `EngineCoreClient` from the worker's side. It is internal API of vLLM 0.32:
-`tests/engine/test_contract.py` fails loudly when an upgrade moves something.
+`tests/unit/test_contract.py` fails loudly when an upgrade moves something.
 """
 
 from __future__ import annotations

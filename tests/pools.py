@@ -22,9 +22,8 @@ class Pools:
         self._handles = {role: serve.get_deployment_handle(role, application) for role in ROLES}
         self._engines: dict[str, list[str]] = {}
         for role, handle in self._handles.items():
-            handle.call.remote(None, "state", []).result(
-                timeout_s=60
-            )  # starts Serve's router, which tells who is there
+            # Starts Serve's router, which tells who is there.
+            handle.call.remote(None, "state", []).result(timeout_s=60)
             subscribe(application, role, lambda facts, role=role: self._update(role, facts))
 
     def _update(self, role: str, facts: list[dict[str, Any]]) -> None:
