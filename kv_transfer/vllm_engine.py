@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from kv_transfer.cores import BIND_ENV, claim_cores
 from kv_transfer.engine import EngineDied, EngineFacts, EngineStartFailed
 from kv_transfer.engine_process import WATCH_ENV
 from kv_transfer.nixl import free_port, transfer_config, transport_env
@@ -139,6 +140,18 @@ def _set_environment(settings: EngineSettings, host: str, port: int) -> None:
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ[WATCH_ENV] = str(os.getpid())
     os.environ.update(settings.env)
+    os.environ.update(_binding(settings))
+
+
+def _binding(settings: EngineSettings) -> dict[str, str]:
+    """Environment that binds each model worker's threads to cores that no other engine of this machine has."""
+    ranks = int(settings.args.get("tensor_parallel_size", 1)) * int(settings.args.get("pipeline_parallel_size", 1))
+    each = settings.pinned_threads
+    chosen = settings.env.get(BIND_ENV, "nobind") != "nobind"  # by the user
+    if not each or chosen or not (cores := claim_cores(each * ranks)):
+        return {}
+    lists = (cores[rank * each : (rank + 1) * each] for rank in range(ranks))
+    return {BIND_ENV: "|".join(",".join(map(str, part)) for part in lists)}
 
 
 def _facts(settings: EngineSettings, config: VllmConfig, host: str, port: int) -> EngineFacts:

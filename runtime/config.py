@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from kv_transfer.cores import BIND_ENV
 from kv_transfer.engine_process import SPIN_ENV
 from kv_transfer.nixl import IncompatibleEngines, check_agree
 from kv_transfer.settings import EngineSettings, Settings, SimulatorSettings, TransportSettings
@@ -31,6 +32,9 @@ MUST_AGREE = (
     "max_model_len",
 )
 """Engine arguments on which both pools must agree: KV blocks of the one would be noise to the other."""
+
+SHARE_TO_PIN = 4
+"""Cores of an engine from which on its threads are pinned: with fewer, its own other processes would lack one."""
 
 RESERVED = ("model", "kv_transfer_config", "served_model_name")
 """Engine arguments that Baton sets itself."""
@@ -63,7 +67,9 @@ class PoolSettings(Settings):
     )
     threads: int | Literal["auto"] = Field(
         "auto",
-        description="OpenMP threads of a CPU engine; `auto` shares the machine's cores evenly among all engines.",
+        description="OpenMP threads of a CPU engine; `auto` shares the machine's cores evenly among all engines; of "
+        "a share of four or more, one is left to the engine's other processes, and the threads are pinned to cores of "
+        "their own.",
     )
 
 
@@ -207,16 +213,33 @@ class Config(Settings):
             model=model_dir(self.model),
             args=args,
             hang_s=self.limits.engine_hang_s,
-            env={**(self._cpu_env(pool) if not pool.num_gpus else {}), **self.env, **pool.env},
+            env={**(self._cpu_env(role) if not pool.num_gpus else {}), **self.env, **pool.env},
+            pinned_threads=0 if pool.num_gpus else self._pinned_threads(role),
             transport=self.transport,
             simulator=self.simulator,
         )
 
-    def _cpu_env(self, pool: PoolSettings) -> dict[str, str]:
-        engines = self.prefill.replicas + self.decode.replicas
-        threads = max(1, (os.cpu_count() or 1) // engines) if pool.threads == "auto" else pool.threads
+    def _cpu_env(self, role: Role) -> dict[str, str]:
         # vLLM's own binding puts engines of one machine on the same cores, and its workers poll for a second.
-        return {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", SPIN_ENV: "0.002"}
+        return {
+            "OMP_NUM_THREADS": str(self._threads(role)),
+            BIND_ENV: "nobind",
+            SPIN_ENV: "0.002",
+        }
+
+    def _cores_of_an_engine(self) -> int:
+        return (os.cpu_count() or 1) // (self.prefill.replicas + self.decode.replicas)
+
+    def _threads(self, role: Role) -> int:
+        threads, share = self.pool(role).threads, self._cores_of_an_engine()
+        if threads != "auto":
+            return threads
+        return share - 1 if share >= SHARE_TO_PIN else max(1, share)
+
+    def _pinned_threads(self, role: Role) -> int:
+        """Threads that get cores of their own: all, where each engine has a core more for its other processes."""
+        threads, share = self._threads(role), self._cores_of_an_engine()
+        return threads if threads < share and share >= SHARE_TO_PIN else 0
 
     def api_keys(self) -> tuple[str, ...]:
         """The configured API keys; none means that no key is asked for.
