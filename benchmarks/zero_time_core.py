@@ -110,7 +110,7 @@ async def serve(model: str, port: int) -> None:
     addresses = {f"{way}_address": f"ipc://{folder}/{way}" for way in ("input", "output")}
     process = multiprocessing.get_context("spawn").Process(target=core, args=(model, addresses), daemon=True)
     process.start()
-    listen_address, sock = setup_server(args)
+    listen_address, sock = setup_server(args, reuse_port=False)
     try:
         await run_server_worker(listen_address, sock, args, client_config=addresses)
     finally:

@@ -26,6 +26,10 @@ MAX_ONGOING = 1_000_000
 """Serve's own limit on calls to a replica. Baton's calls are short or one stream a front end; it bounds work itself."""
 
 
+DRAIN_S = 30.0
+"""How long a front end that goes lets its open requests finish."""
+
+
 def build(args: dict[str, str]) -> Application:
     """Build the application that `serve run runtime.app:build config=FILE` runs.
 
@@ -38,8 +42,12 @@ def build(args: dict[str, str]) -> Application:
     return application(load(args["config"]))
 
 
-def application(config: Config) -> Application:
-    """The front end and both pools as one Serve application."""
+def application(config: Config, *, own_server: bool = False) -> Application:
+    """The front end and both pools as one Serve application.
+
+    Args:
+        own_server: front ends listen on `front_end.host` and `port` themselves; else Serve's proxy brings requests.
+    """
     pools = {role: _pool(config, role) for role in ROLES}
     front_end = serve.deployment(
         FrontEndReplica,
@@ -47,9 +55,9 @@ def application(config: Config) -> Application:
         num_replicas=config.front_end.replicas,
         max_ongoing_requests=config.front_end.max_requests,
         ray_actor_options={"num_cpus": 0.1},
-        graceful_shutdown_timeout_s=30,
+        graceful_shutdown_timeout_s=DRAIN_S + 5,
     )
-    return front_end.bind(config.model_dump(), **pools)
+    return front_end.bind(config.model_dump(), own_server=own_server, **pools)
 
 
 def _pool(config: Config, role: Role) -> Application:
@@ -108,16 +116,21 @@ class FrontEndReplica:
     """A Ray Serve replica that serves the OpenAI API over both pools."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: dict[str, Any], prefill: DeploymentHandle, decode: DeploymentHandle
+        self, config: dict[str, Any], prefill: DeploymentHandle, decode: DeploymentHandle, own_server: bool
     ) -> None:
         from runtime.frontend import start_front_end  # vLLM's server: only where it runs
+        from runtime.http_server import HttpServer
 
         log_through_serve()
         settings = Config.model_validate(config)
         self._front_end = await start_front_end(settings, {"prefill": prefill, "decode": decode})
         _running["app"] = self._front_end.asgi
+        address = settings.front_end.host, settings.front_end.port
+        self._server = HttpServer(self._front_end.asgi, *address, shared=True) if own_server else None
 
-    def __del__(self) -> None:
-        """Ray Serve's hook for a replica that goes."""
+    async def __del__(self) -> None:
+        """Ray Serve's hook for a replica that goes: it ends when this has, or after `DRAIN_S`."""
+        if server := getattr(self, "_server", None):
+            await server.stop(DRAIN_S)
         if front_end := getattr(self, "_front_end", None):
             front_end.shutdown()

@@ -10,14 +10,21 @@ import threading
 import time
 from types import FrameType
 
-from runtime.config import Config
+from runtime.config import ROLES, Config
+from runtime.http_server import listen
 
 POLL_S = 1.0
 TELL_EVERY_S = 15.0
 
 
 def serve_until_stopped(config: Config, address: str | None = None) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit status (0, or 1 when the application did not come up)."""
+    """Serve until SIGINT or SIGTERM; returns the exit status (0, or 1 when the application did not come up).
+
+    Raises:
+        ConfigError: the address to listen on is taken.
+    """
+    if address is None:
+        listen(config.front_end.host, config.front_end.port).close()  # now, and not after the engines have started
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -31,7 +38,7 @@ def serve_until_stopped(config: Config, address: str | None = None) -> int:
     try:
         _say(started, f"starting {config.model_name} on {config.prefill.replicas} prefill and "
              f"{config.decode.replicas} decode workers ({config.engine} engines)")  # fmt: skip
-        if not _deploy(config, started, stop):
+        if not _deploy(config, started, stop, own_server=address is None):
             return 0 if stop.is_set() else 1
         _say(started, _ready_line(config))
         stop.wait()
@@ -50,21 +57,23 @@ def _start_ray(config: Config, address: str | None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     import ray
     from ray import serve
+    from ray.serve.config import ProxyLocation
 
     if address is None:
         ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False, configure_logging=False)
+        serve.start(proxy_location=ProxyLocation.Disabled)  # front ends listen themselves
     else:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
-    serve.start(http_options={"host": config.front_end.host, "port": config.front_end.port})
+        serve.start(http_options={"host": config.front_end.host, "port": config.front_end.port})
 
 
-def _deploy(config: Config, started: float, stop: threading.Event) -> bool:
+def _deploy(config: Config, started: float, stop: threading.Event, *, own_server: bool) -> bool:
     """Deploy and follow the start until it is ready, has failed or is stopped; tells each change."""
     from ray import serve
 
     from runtime.app import application
 
-    target = serve.RunTarget(application(config), name=config.name, route_prefix="/")
+    target = serve.RunTarget(application(config, own_server=own_server), name=config.name, route_prefix="/")
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     told: dict[str, str] = {}
     last = time.monotonic()
@@ -80,6 +89,9 @@ def _deploy(config: Config, started: float, stop: threading.Event) -> bool:
                 _say(started, f"{name}: {_in_words(state)}")
         if app.status.value == "RUNNING":
             return True
+        if "warming" not in told and all(told.get(role) == "HEALTHY" for role in ROLES):
+            told["warming"] = ""
+            _say(started, "warming: a request through every path that compiles or connects on first use")
         if (
             app.status.value in ("DEPLOY_FAILED", "UNHEALTHY")
             or time.monotonic() - started > config.limits.start_timeout_s
@@ -88,7 +100,7 @@ def _deploy(config: Config, started: float, stop: threading.Event) -> bool:
             return False
         if time.monotonic() - last > TELL_EVERY_S:
             last = time.monotonic()
-            waiting = ", ".join(sorted(name for name, state in told.items() if state != "HEALTHY"))
+            waiting = ", ".join(sorted(name for name, state in told.items() if state not in ("HEALTHY", "")))
             _say(started, f"still starting: {waiting}")
     return False
 

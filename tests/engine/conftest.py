@@ -9,6 +9,9 @@ import pytest
 from tests.conftest import ROOT, Server, baton_serve
 from tests.pools import Pools
 
+FREE_S = 30.0
+"""An abandoned prompt may have to be read to its end first; much less than the lease of the demo's settings."""
+
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
@@ -22,7 +25,7 @@ def pools(server: Server) -> Iterator[Pools]:
     """The workers behind the server."""
     pools = Pools()
     yield pools
-    left = pools.wait_until_free(5)
+    left = pools.wait_until_free(FREE_S)
     pools.close()
     assert not left, f"blocks are still held after the suite by {left}"
 
@@ -30,7 +33,7 @@ def pools(server: Server) -> Iterator[Pools]:
 @pytest.fixture(autouse=True)
 def nothing_held(pools: Pools) -> Iterator[None]:
     """Every test starts with empty caches and leaves nothing pinned."""
-    assert not pools.wait_until_free(5), "blocks were held before the test"
+    assert not pools.wait_until_free(FREE_S), "blocks were held before the test"
     yield
-    left = pools.wait_until_free(5)
+    left = pools.wait_until_free(FREE_S)
     assert not left, f"blocks are still held after the test by {left}"
