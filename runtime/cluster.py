@@ -26,8 +26,11 @@ from runtime.config import LimitSettings
 from runtime.errors import BatonError, PullFailed, Refusal, Unrecoverable, WorkerLost
 from runtime.fleet import Fleet
 from runtime.metrics import PLANS, RECOVERIES
+from runtime.policy.admission import AdmissionPolicy
 from runtime.policy.routing import route
-from runtime.policy.types import Disaggregated, Plan, Refused, RequestView
+from runtime.policy.types import Disaggregated, Plan, Refused, RequestView, Snapshot
+from runtime.visit import Visit, current_visit
+from runtime.waiting_room import WaitingRoom
 
 logger = logging.getLogger("baton.cluster")
 
@@ -54,6 +57,7 @@ class LiveRequest:
 
     request: EngineCoreRequest
     pinned: Plan | None = None
+    visit: Visit = field(default_factory=Visit)
     handoff: Handoff | None = None
     made: list[int] = field(default_factory=list)  # tokens that went to the client
     losses: int = 0
@@ -87,11 +91,17 @@ class Resources:
 class Cluster(EngineCoreClient):
     """vLLM's engine core client over two pools of workers."""
 
-    def __init__(self, limits: LimitSettings) -> None:
+    def __init__(self, limits: LimitSettings, admission: AdmissionPolicy | None = None) -> None:
         self.engine_ranks_managed = [0]
         self.resources = Resources()
         self.fleet: Fleet  # set by the front end, which owns the handles
         self.ledger = Ledger(self._send_release, lambda handoff: self.fleet.settled(handoff))
+        self.room = WaitingRoom(
+            admission or AdmissionPolicy(),
+            limits.wait_for_worker_s,
+            coming=lambda: self.fleet.starting(),
+            changed=lambda: self.fleet.changed,
+        )
         self._limits = limits
         self._live: dict[str, LiveRequest] = {}
         self._legs: dict[str, Leg] = {}
@@ -110,12 +120,18 @@ class Cluster(EngineCoreClient):
                 except (WorkerLost, PullFailed, InvalidHandoff) as loss:
                     self._settle(live, "lost")
                     self._go_on(live, loss)
+        except Refusal as refusal:
+            logger.debug("request %s refused (%s): %s", live.id, refusal.reason, refusal)
+            live.visit.refuse(refusal)
+            self._finish(live, FinishReason.ERROR)  # ends it in vLLM's front end; the edge tells the client
         except BatonError as error:
             logger.error("request %s failed: %s", live.id, error)
             self._finish(live, FinishReason.ERROR)
         finally:
             self._settle(live, "abandoned")
             self._live.pop(live.id, None)
+            if live.visit.admitted:
+                self.room.ended(live.visit, len(live.request.prompt_token_ids or ()), len(live.made))
 
     async def _once(self, live: LiveRequest, plan: Plan) -> None:
         request = live.remaining()
@@ -135,19 +151,18 @@ class Cluster(EngineCoreClient):
                 raise
 
     async def _plan(self, live: LiveRequest) -> Plan:
-        """Choose the workers; while there are none, wait for a replacement, within bounds."""
+        """Choose the workers, as soon as it is the request's turn; while there are none, wait, within bounds."""
         if live.pinned is not None:
             return live.pinned
-        deadline = time.monotonic() + self._limits.wait_for_worker_s
-        while isinstance(plan := route(live.view(), self.fleet.snapshot()), Refused):
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    await self.fleet.changed.wait()
-            except TimeoutError as error:
-                raise Refusal(plan.reason, "no worker came up in time") from error
+        level = live.visit.level_for(live.request.priority)
+        plan = await self.room.enter(live.visit, level, live.view(), lambda: self._look(live))
         PLANS.labels(plan=type(plan).__name__.lower(), reason=plan.reason).inc()
         logger.debug("request %s plan %s", live.id, plan)
         return plan
+
+    def _look(self, live: LiveRequest) -> tuple[Plan | Refused, Snapshot]:
+        snapshot = self.fleet.snapshot()
+        return route(live.view(), snapshot), snapshot
 
     async def _prefill(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str) -> Handoff:
         """Run the prefill leg; what comes back is where the blocks are."""
@@ -212,6 +227,7 @@ class Cluster(EngineCoreClient):
         finally:
             if leg.abandoned_at is None:
                 self._legs.pop(leg.id, None)
+            self.room.poke()
 
     def on_outputs(self, batch: EngineCoreOutputs) -> None:
         """Take one step's outputs of one worker: the hot path, once per step and not per token."""
@@ -300,7 +316,8 @@ class Cluster(EngineCoreClient):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Start a request's life."""
-        live = LiveRequest(_trusted(request), pinned=self._pins.pop(request.external_req_id or "", None))
+        pinned = self._pins.pop(request.external_req_id or "", None)
+        live = LiveRequest(_trusted(request), pinned, current_visit.get() or Visit())
         self._live[live.id] = live
         live.task = asyncio.get_running_loop().create_task(self._serve(live), context=contextvars.Context())
 

@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -15,6 +15,7 @@ from kv_transfer.cores import BIND_ENV
 from kv_transfer.engine_process import SPIN_ENV
 from kv_transfer.nixl import IncompatibleEngines, check_agree
 from kv_transfer.settings import EngineSettings, Settings, SimulatorSettings, TransportSettings
+from runtime.admission_settings import AdmissionSettings
 from runtime.errors import ConfigError
 
 Role = Literal["prefill", "decode"]
@@ -149,6 +150,10 @@ class Config(Settings):
     transport: TransportSettings = Field(default_factory=TransportSettings, description="How KV blocks travel.")  # type: ignore[arg-type]
     simulator: SimulatorSettings = Field(default_factory=SimulatorSettings, description="Speed of simulated engines.")  # type: ignore[arg-type]
     front_end: FrontEndSettings = Field(default_factory=FrontEndSettings, description="The HTTP server.")  # type: ignore[arg-type]
+    admission: AdmissionSettings = Field(
+        default_factory=AdmissionSettings,  # type: ignore[arg-type]
+        description="Who may begin, who waits in which order, and who is refused.",
+    )
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Bounds and budgets.")  # type: ignore[arg-type]
 
     @model_validator(mode="after")
@@ -319,7 +324,10 @@ def _explain(item: Any) -> str:
 def _keys_at(path: list[str]) -> list[str]:
     model: type[Settings] = Config
     for part in path:
+        if part not in model.model_fields:
+            continue  # a name in a mapping of settings
         annotation = model.model_fields[part].annotation
+        annotation = next(iter(get_args(annotation)[1:]), annotation)  # the values of such a mapping
         if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
             return []
         model = annotation

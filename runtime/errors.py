@@ -10,6 +10,8 @@ BatonError
 
 from __future__ import annotations
 
+import math
+
 
 class BatonError(Exception):
     """Base of everything that Baton raises."""
@@ -43,19 +45,24 @@ class Refusal(BatonError):
 
     Attributes:
         reason: a key of `STATUS`.
+        retry_after_s: when it makes sense to ask again, in seconds from now, where that is known.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(reason, message)
-        self.reason, self.message = reason, message
+    def __init__(self, reason: str, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(reason, message, retry_after_s)
+        self.reason, self.message, self.retry_after_s = reason, message, retry_after_s
 
     def __str__(self) -> str:
         return self.message
 
 
 STATUS: dict[str, int] = {
+    "overloaded": 429,
+    "deadline": 504,
     "starting": 503,
     "no_workers": 503,
+    "context_length_exceeded": 400,
+    "invalid_header": 400,
     "unauthorized": 401,
     "body_too_large": 413,
     "unsupported_endpoint": 404,
@@ -63,14 +70,41 @@ STATUS: dict[str, int] = {
 """HTTP status of each reason of a refusal."""
 
 TYPES: dict[int, str] = {
+    400: "invalid_request_error",
     401: "authentication_error",
     404: "NotFoundError",
     413: "invalid_request_error",
+    429: "rate_limit_error",
     503: "service_unavailable",
+    504: "timeout_error",
 }
 
+ANTHROPIC_TYPES: dict[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
-def openai_body(reason: str, message: str) -> dict[str, dict[str, object]]:
+LONGEST_RETRY_AFTER_S = 3600
+
+
+def openai_body(refusal: Refusal) -> dict[str, object]:
     """The OpenAI-shaped body of a refusal, with the typed reason as its code."""
-    status = STATUS[reason]
-    return {"error": {"message": message, "type": TYPES[status], "param": None, "code": reason}}
+    kind = TYPES[STATUS[refusal.reason]]
+    return {"error": {"message": refusal.message, "type": kind, "param": None, "code": refusal.reason}}
+
+
+def anthropic_body(refusal: Refusal) -> dict[str, object]:
+    """The same as Anthropic's clients expect it."""
+    return {"type": "error", "error": {"type": ANTHROPIC_TYPES[STATUS[refusal.reason]], "message": refusal.message}}
+
+
+def retry_after(refusal: Refusal) -> int | None:
+    """The value of `Retry-After`: whole seconds, rounded up."""
+    if refusal.retry_after_s is None:
+        return None
+    return min(LONGEST_RETRY_AFTER_S, max(1, math.ceil(refusal.retry_after_s)))

@@ -105,6 +105,10 @@ class Fleet:
         snapshot = self.snapshot()
         return bool(snapshot.prefill and snapshot.decode)
 
+    def starting(self) -> bool:
+        """Whether a worker is on its way to take traffic."""
+        return bool(self.in_state(State.CONNECTING) or self.in_state(State.WARMING))
+
     def link(self, engine_id: str) -> Link | None:
         """The link to a worker, or None when it is gone."""
         worker = self.workers.get(engine_id)

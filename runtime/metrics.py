@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge, Histogram
 
 PLANS = Counter("baton_plans_total", "Requests by the plan they were given and why.", ["plan", "reason"])
 RECOVERIES = Counter(
     "baton_recoveries_total",
     "Requests that went on after a loss, by kind (retried before the first token, resumed after it) and fault.",
     ["kind", "fault"],
+)
+REFUSALS = Counter("baton_refusals_total", "Requests that were refused before their response started.", ["reason"])
+WAITING_REQUESTS = Gauge("baton_waiting_requests", "Requests that wait at the front end, by priority.", ["priority"])
+WAITING_TOKENS = Gauge("baton_waiting_tokens", "Prompt tokens that wait at the front end, by priority.", ["priority"])
+WAITED_SECONDS = Histogram(
+    "baton_waiting_seconds",
+    "Seconds from a request's arrival at the queue until it was let in, by priority.",
+    ["priority"],
+    buckets=(0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0),
+)
+TENANT_TOKENS = Counter(
+    "baton_tenant_tokens_total",
+    "Prompt and answer tokens by tenant: those with a name in the settings, and all others together.",
+    ["tenant"],
 )

@@ -1,19 +1,25 @@
-"""What a client meets first: API keys and the limit on the body."""
+"""What a client meets first: API keys, the limit on the body, and refusals."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Message
 
-from runtime import frontend
-from runtime.frontend import Edge
+from runtime import edge
+from runtime.admission_settings import AdmissionSettings
+from runtime.edge import Edge
+from runtime.errors import TYPES, Refusal
+from runtime.visit import Reception, current_visit
 
 
 async def echo(request: Request) -> PlainTextResponse:
@@ -26,7 +32,7 @@ APP = Starlette(routes=[Route(path, echo, methods=["GET", "POST"]) for path in P
 
 def client(*keys: str) -> httpx.AsyncClient:
     """A client of the app behind an edge."""
-    transport = httpx.ASGITransport(Edge(APP, max_body_bytes=1000, api_keys=keys))
+    transport = httpx.ASGITransport(Edge(APP, 1000, keys, Reception(AdmissionSettings())))
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
@@ -76,7 +82,7 @@ async def test_body_limit(size: int, status: int, declared: bool) -> None:
 
 async def test_a_waiting_stream_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comments while an event stream is silent, none in other answers, and none after the end."""
-    monkeypatch.setattr(frontend, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(edge, "KEEP_ALIVE_S", 0.02)
 
     async def slow() -> AsyncIterator[str]:
         yield "data: a\n\n"
@@ -86,10 +92,190 @@ async def test_a_waiting_stream_shows_signs_of_life(monkeypatch: pytest.MonkeyPa
     async def stream(request: Request) -> StreamingResponse:
         return StreamingResponse(slow(), media_type=request.query_params["type"])
 
-    app = Edge(Starlette(routes=[Route("/", stream)]), max_body_bytes=10, api_keys=())
+    app = Edge(Starlette(routes=[Route("/", stream)]), 10, (), Reception(AdmissionSettings()))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
         events = (await http.get("/", params={"type": "text/event-stream"})).text
         plain = (await http.get("/", params={"type": "text/plain"})).text
     assert plain == "data: a\n\ndata: b\n\n"
     assert events.replace(": waiting\n\n", "") == plain
     assert ": waiting\n\n" in events
+
+
+# Refusals: the app does as vLLM's, and begins a stream before the engine has seen the request.
+
+
+@dataclass
+class Work:
+    """What an app does for a request."""
+
+    admit_after_s: float | None = 0.0
+    refuse: Refusal | None = None
+    before: str = ""  # sent before the engine has seen the request, as the Responses API does
+    text: str = "data: token\n\n"
+    ends_with: int = 200
+
+    async def tokens(self) -> AsyncIterator[str]:
+        visit = current_visit.get()
+        assert visit is not None
+        if self.before:
+            yield self.before
+        await asyncio.sleep(self.admit_after_s or 0.0)
+        if self.refuse is not None:
+            visit.refuse(self.refuse)
+            yield "data: {error}\n\n"
+            return
+        visit.admitted = True
+        yield self.text
+
+
+class Listener:
+    """An ASGI server that notes what is sent, and when."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, bytes]] = []
+        self.status = 0
+        self.headers: dict[str, str] = {}
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            assert not self.status, "two responses"
+            self.status = message["status"]
+            self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+        else:
+            assert self.status
+        self.sent.append((message["type"], message.get("body", b"")))
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(body for _, body in self.sent)
+
+
+async def answer(work: Work, path: str, stream: bool, listener: Listener | None = None) -> Listener:
+    """Send a request to an app that does `work`."""
+
+    async def handler(request: Request) -> Response:
+        if stream:
+            return StreamingResponse(work.tokens(), media_type="text/event-stream")
+        text = "".join([part async for part in work.tokens()])
+        return JSONResponse({"text": text}, status_code=work.ends_with)
+
+    app = Edge(Starlette(routes=[Route(path, handler, methods=["POST"])]), 1000, (), Reception(AdmissionSettings()))  # type: ignore[call-arg]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "http_version": "1.1"}
+    listener = listener or Listener()
+    messages = [{"type": "http.request", "body": b"", "more_body": False}]
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    await app(scope, receive, listener.send)
+    return listener
+
+
+STREAMED = [True, False]
+FULL = Refusal("overloaded", "too much", 2.3)
+
+
+@pytest.mark.parametrize("stream", STREAMED)
+@pytest.mark.parametrize("before", ["", "data: created\n\n"])
+@pytest.mark.parametrize(
+    ("refusal", "status", "retry_after"),
+    [
+        (FULL, 429, "3"),
+        (Refusal("starting", "s", 0.0), 503, "1"),
+        (Refusal("no_workers", "n", 1e9), 503, "3600"),
+        (Refusal("deadline", "d"), 504, None),
+    ],
+    ids=lambda value: value.reason if isinstance(value, Refusal) else None,
+)
+async def test_a_refusal_is_the_response(
+    stream: bool, before: str, refusal: Refusal, status: int, retry_after: str | None
+) -> None:
+    """Status, Retry-After, typed reason in body and header: also of a stream that the app has begun already."""
+    response = await answer(Work(refuse=refusal, before=before), "/v1/completions", stream)
+    assert response.status == status
+    assert response.headers.get("retry-after") == retry_after
+    assert response.headers["x-baton-refusal"] == refusal.reason
+    error = json.loads(response.body)["error"]
+    assert error == {"message": refusal.message, "type": TYPES[status], "param": None, "code": refusal.reason}
+
+
+@pytest.mark.parametrize("stream", STREAMED)
+async def test_a_refusal_in_anthropics_shape(stream: bool) -> None:
+    """As Anthropic's clients expect it."""
+    response = await answer(Work(refuse=FULL), "/v1/messages", stream)
+    assert (response.status, response.headers["x-baton-refusal"]) == (429, "overloaded")
+    assert json.loads(response.body) == {"type": "error", "error": {"type": "rate_limit_error", "message": "too much"}}
+
+
+@pytest.mark.parametrize("stream", STREAMED)
+@pytest.mark.parametrize("before", ["", "data: created\n\n"])
+async def test_who_is_let_in_gets_all(stream: bool, before: str) -> None:
+    """Nothing of the response is lost or changes its order, whatever was sent before the verdict."""
+    response = await answer(Work(before=before, admit_after_s=0.05), "/v1/completions", stream)
+    assert response.status == 200
+    text = before + "data: token\n\n"
+    assert response.body.decode() == text if stream else json.loads(response.body) == {"text": text}
+
+
+async def test_no_response_starts_before_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that waits says nothing, not even a sign of life: its status is not known yet."""
+    monkeypatch.setattr(edge, "KEEP_ALIVE_S", 0.01)
+    listener = Listener()
+    work = Work(before="data: created\n\n", admit_after_s=0.2)
+    running = asyncio.ensure_future(answer(work, "/v1/responses", True, listener))
+    await asyncio.sleep(0.1)
+    assert listener.sent == []
+    await running
+    assert listener.status == 200
+
+
+async def test_a_stream_that_was_let_in_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the verdict the response begins, before there is a token."""
+    monkeypatch.setattr(edge, "KEEP_ALIVE_S", 0.02)
+
+    class Slow(Work):
+        async def tokens(self) -> AsyncIterator[str]:
+            visit = current_visit.get()
+            assert visit is not None
+            visit.admitted = True
+            await asyncio.sleep(0.2)
+            visit.refuse(FULL)  # too late
+            yield self.text
+
+    response = await answer(Slow(), "/v1/completions", True)
+    assert response.status == 200
+    assert response.body.replace(b": waiting\n\n", b"") == b"data: token\n\n"
+    assert b": waiting\n\n" in response.body
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ("This model's maximum context length is 8192 tokens. However, …", "context_length_exceeded"),
+        ("temperature must be non-negative", None),
+    ],
+)
+async def test_a_prompt_over_the_window(message: str, code: str | None) -> None:
+    """vLLM's own refusal gets its type; other bad input is left as it is."""
+
+    async def handler(request: Request) -> Response:
+        return JSONResponse({"error": {"message": message, "type": "BadRequestError", "code": 400}}, status_code=400)
+
+    app = Edge(Starlette(routes=[Route("/", handler, methods=["POST"])]), 1000, (), Reception(AdmissionSettings()))  # type: ignore[call-arg]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        response = await http.post("/")
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == message
+    assert response.headers.get("x-baton-refusal") == code
+    assert response.json()["error"]["code"] == (code or 400)
+
+
+async def test_a_wrong_header_is_refused() -> None:
+    """Before the app has seen anything."""
+    async with client() as http:
+        response = await http.get("/v1/models", headers={"x-baton-deadline-ms": "soon"})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_header"
