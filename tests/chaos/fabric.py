@@ -27,6 +27,7 @@ from runtime import engine_board
 from runtime.cluster import Cluster
 from runtime.config import LimitSettings
 from runtime.fleet import Fleet
+from runtime.policy.admission import AdmissionPolicy
 from runtime.warmup import Warmer
 
 VOCABULARY = 20_000
@@ -300,10 +301,10 @@ class Fabric:
 class FrontEnd:
     """A front end without HTTP: the cluster, and a queue for each request."""
 
-    def __init__(self, fabric: Fabric, **limits: Any) -> None:
+    def __init__(self, fabric: Fabric, admission: AdmissionPolicy | None = None, **limits: Any) -> None:
         self.name = uuid.uuid4().hex
         self.fabric = fabric
-        self.cluster = Cluster(LimitSettings(**limits))
+        self.cluster = Cluster(LimitSettings(**limits), admission)
         handles: Any = {role: Handle(fabric, role) for role in ROLES}
         self.cluster.fleet = Fleet(
             self.name, handles, self.cluster.on_outputs, self.cluster.on_lost, self.cluster.ledger.outstanding

@@ -1,0 +1,144 @@
+"""The waiting room in front of real clusters, workers and simulated engines: short engine queues, our order, no work
+for nobody, and no request lost when workers die meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.sampling_params import SamplingParams
+
+from runtime import fleet as fleet_module
+from runtime.policy.admission import AdmissionPolicy
+from runtime.visit import Visit, current_visit
+from tests.chaos.fabric import Fabric, FrontEnd, answer
+from tests.chaos.test_in_process import nothing_left
+
+PLACES = 4
+SLOW = {**Fabric.SIMULATOR, "step_base_s": 0.004, "max_batch_requests": PLACES, "prefill_tokens_per_s": 20_000}
+
+
+@pytest.fixture
+async def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[..., Any]]:
+    """Makes a fabric of slow engines with few places, and a front end, and closes both."""
+    monkeypatch.setattr(fleet_module, "RECONNECT_S", 0.05)
+    monkeypatch.setattr(Fabric, "SIMULATOR", SLOW)
+    made: list[Any] = []
+
+    async def build(workers: int = 1, seed: int = 0, **policy: Any) -> tuple[Fabric, FrontEnd]:
+        fabric = Fabric(tmp_path, seed, workers)
+        await fabric.start()
+        fabric.spawn_health()
+        admission = AdmissionPolicy(**{"engine_streams": PLACES, "engine_queue_tokens": 2000, **policy})
+        front_end = FrontEnd(fabric, admission)
+        made.extend((front_end, fabric))
+        await front_end.start()
+        return fabric, front_end
+
+    yield build
+    for thing in made:
+        await thing.close()
+
+
+async def ask(front_end: FrontEnd, name: str, prompt: list[int], tokens: int, visit: Visit | None = None) -> Any:
+    """The answer, or the reason why there is none."""
+    visit = visit or Visit()
+    current_visit.set(visit)  # of this task only
+    params = SamplingParams(max_tokens=tokens, temperature=0.0)
+    try:
+        return [token async for part in front_end.stream(name, prompt, params) for token in part]
+    except RuntimeError:
+        assert visit.refusal is not None
+        return visit.refusal.reason
+
+
+def prompt_of(number: int, tokens: int = 200) -> list[int]:
+    return [number, *range(tokens - 1)]
+
+
+def waiting(fabric: Fabric) -> int:
+    """Requests in the queues of all engines."""
+    return sum(worker.simulated.state()["waiting"] for pool in fabric.pools.values() for worker in pool)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_engines_queues_stay_short(make: Callable[..., Any], workers: int) -> None:
+    """Ten times as many requests as places: all are answered right, and hardly any waits in an engine."""
+    fabric, front_end = await make(workers)
+    count, longest = 10 * PLACES * workers, 0
+    tasks = [asyncio.ensure_future(ask(front_end, str(i), prompt_of(i), 10)) for i in range(count)]
+    while not all(task.done() for task in tasks):
+        longest = max(longest, waiting(fabric))
+        await asyncio.sleep(0.005)
+    assert [task.result() for task in tasks] == [answer(prompt_of(i), 10) for i in range(count)]
+    assert longest <= 2 * PLACES * workers
+    await nothing_left(fabric, front_end)
+
+
+async def test_the_order_is_ours(make: Callable[..., Any]) -> None:
+    """With all places taken, later requests of a better class are answered before earlier ones."""
+    _, front_end = await make()
+    done: list[str] = []
+
+    async def note(name: str, number: int, level: int) -> None:
+        await ask(front_end, name, prompt_of(number), 20, Visit(level=level))
+        done.append(name)
+
+    first = [asyncio.ensure_future(note("first", i, 1)) for i in range(2 * PLACES)]
+    await asyncio.sleep(0.02)
+    later = [
+        asyncio.ensure_future(note(name, 100 + i, level)) for i, (name, level) in enumerate(2 * PLACES * [("low", 2)])
+    ]
+    later += [asyncio.ensure_future(note("high", 200 + i, 0)) for i in range(2 * PLACES)]
+    await asyncio.gather(*first, *later)
+    assert max(i for i, name in enumerate(done) if name == "high") < min(
+        i for i, name in enumerate(done) if name == "low"
+    )
+
+
+async def test_what_nobody_waits_for_is_not_computed(make: Callable[..., Any]) -> None:
+    """Deadlines that pass, clients that leave and requests that are refused cost no engine a token."""
+    fabric, front_end = await make(max_waiting_requests=10)
+    long = [asyncio.ensure_future(ask(front_end, f"long {i}", prompt_of(i), 400)) for i in range(PLACES)]
+    await asyncio.sleep(0.1)
+    before = computed(fabric)
+    late = [Visit(deadline=time.monotonic() + 0.2) for _ in range(3)]
+    dropped = [asyncio.ensure_future(ask(front_end, "late", prompt_of(100 + i), 5, v)) for i, v in enumerate(late)]
+    left = [asyncio.ensure_future(ask(front_end, "left", prompt_of(200 + i), 5)) for i in range(3)]
+    more = [asyncio.ensure_future(ask(front_end, "more", prompt_of(300 + i), 5)) for i in range(20)]
+    await asyncio.sleep(0.1)
+    for task in left:
+        task.cancel()
+    refused = [task.result() for task in more if task.done()]
+    assert refused == ["overloaded"] * 16
+    assert await asyncio.gather(*dropped) == ["deadline"] * 3
+    assert computed(fabric) == before
+    for task in [*long, *more]:
+        task.cancel()
+    await nothing_left(fabric, front_end)
+
+
+def computed(fabric: Fabric) -> int:
+    """Prompt tokens that any engine has read."""
+    states = [worker.simulated.state() for pool in fabric.pools.values() for worker in pool]
+    return sum(state["prompt_tokens_computed"] for state in states)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_deaths_during_overload(make: Callable[..., Any], seed: int) -> None:
+    """Workers die while many wait: who was let in is answered right, the others too, or are told why not."""
+    fabric, front_end = await make(2, seed, max_waiting_requests=60)
+    tasks = [asyncio.ensure_future(ask(front_end, str(i), prompt_of(i), 30)) for i in range(100)]
+    for _ in range(6):
+        await asyncio.sleep(0.15)
+        fabric.kill(fabric.any(fabric.random.choice(("prefill", "decode"))))
+    results = await asyncio.wait_for(asyncio.gather(*tasks), 60)
+    answered = [i for i, result in enumerate(results) if result == answer(prompt_of(i), 30)]
+    assert len(answered) >= 60
+    assert {result for result in results if isinstance(result, str)} <= {"overloaded"}
+    assert len(answered) + sum(isinstance(result, str) for result in results) == 100
+    await nothing_left(fabric, front_end)
