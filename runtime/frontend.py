@@ -39,6 +39,15 @@ CLOSED_PATHS = ("/scale_elastic_ep", "/is_scaling_elastic_ep")
 """vLLM's routes that change an engine's processes; the fleet is Ray Serve's to change."""
 
 
+COMPLAINERS = (
+    "vllm.entrypoints.generate.base.serving",
+    "vllm.entrypoints.openai.responses.serving",
+    "vllm.entrypoints.anthropic.serving",
+    "vllm.entrypoints.anthropic.api_router",
+)
+"""Where vLLM logs each request that ends without an answer as an internal error, refused ones too."""
+
+
 class FrontEndLLM(AsyncLLM):
     """vLLM's `AsyncLLM` whose engine core is the cluster."""
 
@@ -89,7 +98,7 @@ class FrontEnd:
 
 
 def not_a_refusal(record: logging.LogRecord) -> bool:
-    """A log filter: vLLM calls every request that ends without an answer an internal error, refused ones too."""
+    """A log filter: drops what is said while a refused request is worked on."""
     visit = current_visit.get()
     return visit is None or visit.refusal is None
 
@@ -104,7 +113,8 @@ async def start_front_end(config: Config, handles: dict[str, DeploymentHandle]) 
     cluster.fleet = Fleet(front_end, handles, cluster.on_outputs, cluster.on_lost, cluster.ledger.outstanding)
     llm = FrontEndLLM.over(cluster, vllm_config)
     cluster.fleet.follow(config.name)
-    logging.getLogger("vllm.entrypoints.generate.base.serving").addFilter(not_a_refusal)
+    for name in COMPLAINERS:
+        logging.getLogger(name).addFilter(not_a_refusal)
     warmer = Warmer(llm, cluster)
     warmer.start()
     await asyncio.wait_for(warmer.both_pools(), config.limits.start_timeout_s)

@@ -77,6 +77,7 @@ class WaitingRoom:
         self._parties: dict[Visit, _Party] = {}
         self._by_number: dict[int, _Party] = {}
         self._arrivals = 0
+        self._waited = [WAITED_SECONDS.labels(name) for name in CLASSES]
         self._pace = Pace()
         self._poked = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
@@ -96,7 +97,7 @@ class WaitingRoom:
                 await self._wait(visit, level, view, look, snapshot)
                 plan = None
             else:
-                WAITED_SECONDS.labels(CLASSES[level]).observe(0.0)
+                self._waited[level].observe(0.0)
         return plan if plan and not isinstance(plan, Refused) else await self._worker(look)
 
     def _passes(self, visit: Visit, view: RequestView, plan: Plan | Refused, snapshot: Snapshot) -> bool:
@@ -137,6 +138,7 @@ class WaitingRoom:
         waiter = asyncio.get_running_loop().create_future()
         party = self._join(visit, level, view, look, snapshot)
         party.waiters.append(waiter)
+        self._poked.set()  # perhaps it may pass those who wait for the prefill pool
         if self._keeper is None or self._keeper.done():
             self._keeper = asyncio.get_running_loop().create_task(self._keep(), context=contextvars.Context())
         try:
@@ -227,7 +229,7 @@ class WaitingRoom:
         self._queue.take(party.claim)
         self._leave(party)
         party.visit.admitted = True
-        WAITED_SECONDS.labels(CLASSES[party.claim.level]).observe(now - party.claim.arrived)
+        self._waited[party.claim.level].observe(now - party.claim.arrived)
         for waiter in party.waiters:
             if not waiter.done():
                 waiter.set_result(None)

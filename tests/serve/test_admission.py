@@ -56,8 +56,8 @@ def queue(server: Server, requests: int, **more: Any) -> Iterator[list[Future[ht
 def test_refused_before_the_response_starts(server: Server, path: str, stream: bool) -> None:
     """429 with its reason in body, header and metric, and with a time to come back; of streams, too."""
     before = refused(server, "overloaded")
-    with queue(server, 16):
-        response = post(server, path, stream=stream, x_baton_deadline_ms=100)
+    with queue(server, 24):
+        response = post(server, path, stream=stream, x_baton_deadline_ms=1000, x_baton_priority="low")
     assert response.status_code == 429, response.text
     assert response.headers["x-baton-refusal"] == "overloaded"
     assert 1 <= int(response.headers["retry-after"]) <= 10
@@ -81,20 +81,22 @@ def refused(server: Server, reason: str) -> int:
 def test_choices_are_refused_together(server: Server, pools: Pools) -> None:
     """`n` choices of each of three prompts: one refusal, and no engine sees any of them."""
     before = refused(server, "overloaded")
-    with queue(server, 16):
+    with queue(server, 24):
         body = {"model": MODEL, "prompt": [[5, 6, 7], [6, 7, 8], [7, 8, 9]], "n": 4, "max_tokens": 4}
-        response = server.post("/v1/completions", body, headers={"x-baton-deadline-ms": "100"})
+        response = server.post(
+            "/v1/completions", body, headers={"x-baton-deadline-ms": "1000", "x-baton-priority": "low"}
+        )
     assert response.status_code == 429
     assert refused(server, "overloaded") == before + 1
 
 
 def test_retry_after_is_true(server: Server) -> None:
     """Who comes back when told is served, though the deadline is as short as before."""
-    with queue(server, 16):
-        refused = post(server, tokens=50, x_baton_deadline_ms=500, priority=1)
+    with queue(server, 24):
+        refused = post(server, tokens=50, x_baton_deadline_ms=1000, priority=1)
         assert refused.status_code == 429
         time.sleep(int(refused.headers["retry-after"]))
-        assert post(server, tokens=50, x_baton_deadline_ms=500, priority=1).status_code == 200
+        assert post(server, tokens=50, x_baton_deadline_ms=1000, priority=1).status_code == 200
 
 
 def test_priority(server: Server) -> None:

@@ -128,6 +128,19 @@ def test_a_newcomer_does_not_wait_for_a_flood() -> None:
     assert order.index(101) <= 3
 
 
+def test_who_comes_late_does_not_catch_up() -> None:
+    """A tenant gets its share from when it comes, not what the others had before."""
+    queue = FairQueue(POLICY)
+    for number in range(60):
+        queue.add(claim(number, tenant="early", arrived=0))
+    for _ in range(40):
+        queue.take(queue.in_order(0, 1)[0])
+    for number in range(60, 70):
+        queue.add(claim(number, tenant="late", arrived=1))
+    order = [c.tenant for c in drain(queue, 1)][:20]
+    assert 9 <= order.count("early") <= 11
+
+
 def test_answers_count() -> None:
     """Who gets long answers gets fewer of them."""
     queue = FairQueue(POLICY)

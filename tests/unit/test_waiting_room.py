@@ -293,11 +293,15 @@ async def test_no_worker(house: House, coming: bool) -> None:
 
 async def test_a_start_lets_all_in(house: House) -> None:
     """Waiting for a start is not waiting in the queue: those who waited longer than the queue's limit begin, too."""
-    house.build(max_wait_s=0.05, wait_for_worker_s=5.0)
-    house.workers, house.places = False, 100
+    house.build(max_wait_s=0.1, wait_for_worker_s=5.0)
+    house.workers = False
     waiting = [house.start(str(number)) for number in range(10)]
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.4)
     house.workers = True
+    house.room.poke()
+    await house.settle()
+    assert [task.result() for task in waiting if task.done()] == ["began"]
+    house.places = 100
     house.room.poke()
     assert await asyncio.gather(*waiting) == ["began"] * 10
     house.running.clear()
