@@ -28,9 +28,9 @@ from runtime.fleet import Fleet
 from runtime.metrics import PLANS, RECOVERIES
 from runtime.policy.admission import AdmissionPolicy
 from runtime.policy.routing import route
-from runtime.policy.types import Disaggregated, Plan, Refused, RequestView, Snapshot
+from runtime.policy.types import Disaggregated, Plan, RequestView
 from runtime.visit import Visit, current_visit
-from runtime.waiting_room import WaitingRoom
+from runtime.waiting_room import Look, WaitingRoom
 
 logger = logging.getLogger("baton.cluster")
 
@@ -155,14 +155,14 @@ class Cluster(EngineCoreClient):
         if live.pinned is not None:
             return live.pinned
         level = live.visit.level_for(live.request.priority)
-        plan = await self.room.enter(live.visit, level, live.view(), lambda: self._look(live))
+        plan, _ = await self.room.enter(live.visit, level, lambda: self._look(live))
         PLANS.labels(plan=type(plan).__name__.lower(), reason=plan.reason).inc()
         logger.debug("request %s plan %s", live.id, plan)
         return plan
 
-    def _look(self, live: LiveRequest) -> tuple[Plan | Refused, Snapshot]:
-        snapshot = self.fleet.snapshot()
-        return route(live.view(), snapshot), snapshot
+    def _look(self, live: LiveRequest) -> Look:
+        view, snapshot = live.view(), self.fleet.snapshot()
+        return Look(view, snapshot, route(view, snapshot))
 
     async def _prefill(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str) -> Handoff:
         """Run the prefill leg; what comes back is where the blocks are."""

@@ -37,8 +37,18 @@ START_S = 10.0
 OTHERS = "other"
 """What tenants without a name in the settings are called in metrics, whose labels have to stay few."""
 
-Look = Callable[[], tuple[Plan | Refused, Snapshot]]
-"""Plans a request by what is known now, and tells what that was."""
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is known of a request and of the workers at one moment, and the plan that follows."""
+
+    view: RequestView
+    snapshot: Snapshot
+    plan: Plan | Refused
+
+
+Looker = Callable[[], Look]
+"""Looks at a request and the workers anew. Without effect: most looks of who waits come to nothing."""
 
 
 @dataclass(eq=False)
@@ -47,8 +57,7 @@ class _Party:
 
     visit: Visit
     claim: Claim
-    view: RequestView
-    look: Look
+    look: Looker
     since: float
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
@@ -84,30 +93,28 @@ class WaitingRoom:
         self._outage: float | None = None  # since when there has been no worker at all
         self._last_outage_s = START_S
 
-    async def enter(self, visit: Visit, level: int, view: RequestView, look: Look) -> Plan:
-        """The plan for a request, once it may begin.
+    async def enter(self, visit: Visit, level: int, look: Looker) -> tuple[Plan, Look]:
+        """The plan for a request, once it may begin, and the look that it follows from.
 
         Raises:
             Refusal: it may not; all requests of its visit get the same answer.
         """
-        plan: Plan | Refused | None = None
         if not visit.admitted:
-            plan, snapshot = look()
-            if not self._passes(visit, view, plan, snapshot):
-                await self._wait(visit, level, view, look, snapshot)
-                plan = None
-            else:
+            first = look()
+            if self._passes(visit, first) and not isinstance(first.plan, Refused):
                 self._waited[level].observe(0.0)
-        return plan if plan and not isinstance(plan, Refused) else await self._worker(look)
+                return first.plan, first
+            await self._wait(visit, level, first, look)
+        return await self._worker(look)
 
-    def _passes(self, visit: Visit, view: RequestView, plan: Plan | Refused, snapshot: Snapshot) -> bool:
+    def _passes(self, visit: Visit, look: Look) -> bool:
         """Let a visit in at once if nobody waits and the workers have room."""
         now = time.monotonic()
         if visit.deadline is not None and visit.deadline <= now:
             visit.refuse(_too_late())
         if visit.refusal is not None:
             raise visit.refusal
-        if self._parties or isinstance(plan, Refused) or blocked(plan, view.prompt_tokens, snapshot, self._policy):
+        if self._parties or self._lacking(look):
             return False
         visit.admitted = True
         return True
@@ -123,20 +130,26 @@ class WaitingRoom:
         tenant = visit.tenant if visit.tenant in self._policy.weights else OTHERS
         TENANT_TOKENS.labels(tenant).inc(prompt_tokens + made_tokens)
 
-    async def _worker(self, look: Look) -> Plan:
+    def _lacking(self, look: Look) -> str:
+        """Which pool has to catch up first, or that there is no worker; empty when the request may begin."""
+        if isinstance(look.plan, Refused):
+            return look.plan.reason
+        return blocked(look.plan, look.view.prompt_tokens, look.snapshot, self._policy)
+
+    async def _worker(self, look: Looker) -> tuple[Plan, Look]:
         """A plan for somebody who was let in; while there is no worker, wait for one, within bounds."""
         deadline = time.monotonic() + self._wait_for_worker_s
-        while isinstance(plan := look()[0], Refused):
+        while isinstance((found := look()).plan, Refused):
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     await self._changed().wait()
             except TimeoutError:
                 raise self._no_worker() from None
-        return plan
+        return found.plan, found
 
-    async def _wait(self, visit: Visit, level: int, view: RequestView, look: Look, snapshot: Snapshot) -> None:
+    async def _wait(self, visit: Visit, level: int, first: Look, look: Looker) -> None:
         waiter = asyncio.get_running_loop().create_future()
-        party = self._join(visit, level, view, look, snapshot)
+        party = self._join(visit, level, first, look)
         party.waiters.append(waiter)
         self._poked.set()  # perhaps it may pass those who wait for the prefill pool
         if self._keeper is None or self._keeper.done():
@@ -151,10 +164,10 @@ class WaitingRoom:
                 self._leave(party)
             raise
 
-    def _join(self, visit: Visit, level: int, view: RequestView, look: Look, snapshot: Snapshot) -> _Party:
+    def _join(self, visit: Visit, level: int, first: Look, look: Looker) -> _Party:
         """Take a request into the queue, with what waits of its visit already; or refuse the visit."""
         now = time.monotonic()
-        tokens = view.prompt_tokens - next(iter(view.cached.values()), 0)
+        tokens = first.view.prompt_tokens - next(iter(first.view.cached.values()), 0)
         if party := self._parties.get(visit):
             self._queue.remove(party.claim)
             claim = replace(party.claim, tokens=party.claim.tokens + tokens, requests=party.claim.requests + 1)
@@ -164,11 +177,11 @@ class WaitingRoom:
                 self._pace.begin(now)
             self._arrivals += 1
             claim = Claim(self._arrivals, level, visit.tenant, tokens, 1, now)
-            self._check(visit, claim, snapshot)
-            party = self._parties[visit] = self._by_number[claim.number] = _Party(visit, claim, view, look, now)
+            self._check(visit, claim, first.snapshot)
+            party = self._parties[visit] = self._by_number[claim.number] = _Party(visit, claim, look, now)
         self._queue.add(claim)
         for victim in self._queue.overflow():
-            self._refuse(self._by_number[victim.number], self._overloaded(victim, snapshot))
+            self._refuse(self._by_number[victim.number], self._overloaded(victim, first.snapshot))
         if visit.refusal is not None:
             raise visit.refusal
         return party
@@ -213,14 +226,12 @@ class WaitingRoom:
     def _next(self, now: float) -> _Party | None:
         for claim in self._queue.in_order(now, LOOKAHEAD):
             party = self._by_number[claim.number]
-            plan, snapshot = party.look()
-            self._note_outage(isinstance(plan, Refused), now)
-            if isinstance(plan, Refused):
-                return None
-            pool = blocked(plan, party.view.prompt_tokens, snapshot, self._policy)
-            if not pool:
+            look = party.look()
+            self._note_outage(isinstance(look.plan, Refused), now)
+            lacking = self._lacking(look)
+            if not lacking:
                 return party
-            if pool == "decode":  # everybody needs it, and who passes would take what the first one waits for
+            if lacking != "prefill":  # everybody needs it, and who passes would take what the first one waits for
                 return None
         return None
 
@@ -240,7 +251,7 @@ class WaitingRoom:
             if party.visit.deadline is not None and party.visit.deadline <= now:
                 self._refuse(party, _too_late())
             elif now - party.since >= patience_s:
-                snapshot = party.look()[1]
+                snapshot = party.look().snapshot
                 refusal = self._overloaded(party.claim, snapshot) if self._outage is None else self._no_worker()
                 self._refuse(party, refusal)
 

@@ -17,7 +17,7 @@ from runtime.policy.admission import AdmissionPolicy
 from runtime.policy.routing import route
 from runtime.policy.types import Cost, RequestView, RoutingSettings, Snapshot, WorkerView
 from runtime.visit import Visit
-from runtime.waiting_room import WaitingRoom
+from runtime.waiting_room import Look, WaitingRoom
 
 HIGH, NORMAL, LOW = range(3)
 
@@ -39,20 +39,20 @@ class House:
         settings = AdmissionPolicy(**{"max_wait_s": 100.0, **policy})
         self.room = WaitingRoom(settings, wait_for_worker_s, lambda: self.coming, lambda: self.changed)
 
-    def look(self, view: RequestView) -> Any:
+    def look(self, view: RequestView) -> Look:
         """The plan by what runs now."""
         self.looks += 1
         cost, count = Cost(0.0, 0.001), len(self.running)
         decode = WorkerView("d", count, 0, 0, streams=count, max_streams=self.places, prefill=cost)
         prefill = WorkerView("p", 0, 0, 0, prefill=cost)
         snapshot = Snapshot((prefill,), (decode,)) if self.workers else Snapshot((), ())
-        return route(view, snapshot, RoutingSettings(borrow=False)), snapshot
+        return Look(view, snapshot, route(view, snapshot, RoutingSettings(borrow=False)))
 
     async def run(self, name: str, tokens: int = 100, level: int = NORMAL, visit: Visit | None = None, **v: Any) -> str:
         """Begin when it may; says how it went."""
         view = RequestView(tokens)
         try:
-            await self.room.enter(visit or Visit(**v), level, view, lambda: self.look(view))
+            await self.room.enter(visit or Visit(**v), level, lambda: self.look(view))
         except Refusal as refusal:
             return refusal.reason
         self.running.append(name)
