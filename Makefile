@@ -3,7 +3,7 @@ PY := .venv/bin/python
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CONFIG ?= $(if $(GPU),deploy/config/gpu.yaml,deploy/config/demo.yaml)
 
-.PHONY: setup serve serve-sim test test-unit test-serve test-engine check lint format lock docs clean help
+.PHONY: setup serve serve-sim test test-unit test-serve test-engine chaos chaos-engine fuzz soak check lint format lock docs clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -30,6 +30,20 @@ test-serve: ## real Ray Serve with simulated engines
 test-engine: ## real vLLM engines
 	@echo "== real vLLM engines"
 	@$(PY) -m pytest tests/engine -q
+
+chaos: ## deaths, hangs, lost messages: in one process, on real Ray, and bad bodies; BATON_CHAOS_SEED replays
+	@echo "== chaos"
+	@$(PY) -m pytest tests/chaos/test_in_process.py tests/fuzz tests/chaos/test_ray.py -q -s --log-level=ERROR
+
+chaos-engine: ## kills of real vLLM engines, ten of each kind: takes an hour; BATON_CHAOS_KILLS for fewer
+	@$(PY) -m pytest tests/chaos/test_engine.py -q -s
+
+fuzz: ## ten thousand mutated bodies and a thousand requests from the schema
+	@BATON_FUZZ_BODIES=$${BATON_FUZZ_BODIES:-10000} BATON_FUZZ_EXAMPLES=$${BATON_FUZZ_EXAMPLES:-100} \
+	  $(PY) -m pytest tests/fuzz -q -s --log-level=ERROR
+
+soak: ## twenty minutes of steady load with a kill every 20 s: memory, descriptors, failures
+	@$(PY) -m tests.chaos.soak
 
 check: lint test-unit ## what to run before each commit
 

@@ -278,10 +278,15 @@ class SimulatedEngine:
         elif entry.made >= limit or len(entry.prompt) + entry.made >= self._window:
             output.finish_reason = FinishReason.LENGTH
         if sampling and sampling.logprobs is not None:
-            output.new_logprobs = _logprobs(token, sampling.logprobs, self._vocab)
+            wanted = sampling.logprob_token_ids or self._likeliest(token, sampling.logprobs)
+            output.new_logprobs = _logprobs(token, wanted)
         if output.finish_reason is not None:
             self._finish(entry, output)
         return output
+
+    def _likeliest(self, token: int, count: int) -> list[int]:
+        """The `count` likeliest tokens: the one that was sampled and its neighbours."""
+        return [FIRST_TOKEN + (token + i - FIRST_TOKEN) % (self._vocab - FIRST_TOKEN) for i in range(count)]
 
     def _finish(self, entry: _Request, output: EngineCoreOutput) -> None:
         if entry.params.get("do_remote_decode"):
@@ -392,12 +397,11 @@ def _fold(seed: int, tokens: list[int]) -> int:
     return seed
 
 
-def _logprobs(token: int, count: int, vocab: int) -> Any:
-    """Made-up logprobs: of the token, then of the `count` likeliest: itself and its neighbours, halving each time."""
+def _logprobs(token: int, others: list[int]) -> Any:
+    """Made-up logprobs: of the token, then of `others`, halving each time."""
     import numpy as np
     from vllm.v1.outputs import LogprobsLists
 
-    likeliest = [FIRST_TOKEN + (token + i - FIRST_TOKEN) % (vocab - FIRST_TOKEN) for i in range(count)]
-    ids = np.array([[token, *likeliest]], dtype=np.int32)
-    values = np.array([[-0.7, *(-0.7 * (i + 1) for i in range(count))]], dtype=np.float32)
+    ids = np.array([[token, *others]], dtype=np.int32)
+    values = np.array([[-0.7, *(-0.7 * (i + 1) for i in range(len(others)))]], dtype=np.float32)
     return LogprobsLists(ids, values, np.array([1], dtype=np.int32))

@@ -22,6 +22,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from decode.request import without_kv_params
+from runtime.bad_input import answer_bad_input
 from runtime.cluster import Cluster
 from runtime.config import Config
 from runtime.edge import Edge
@@ -131,6 +132,7 @@ async def start_front_end(config: Config, handles: dict[str, DeploymentHandle]) 
 async def _build_app(config: Config, llm: FrontEndLLM) -> FastAPI:
     args = _server_args(config)
     app = build_app(args, ("generate",), llm.model_config)
+    answer_bad_input(app)
     await init_app_state(llm, app.state, args, ("generate",))
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", "") not in CLOSED_PATHS]
     return app

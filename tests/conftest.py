@@ -72,6 +72,12 @@ class Server:
         name = f"ray::ServeReplica:baton:{deployment}"
         return sorted(pid for pid, command in marked(self.mark).items() if command.startswith(name))
 
+    def engine_cores(self, deployment: str) -> list[int]:
+        """Processes of a deployment's real engine cores: children of its replicas."""
+        replicas = [f"PPid:\t{pid}\n" for pid in self.pids(deployment)]
+        cores = [pid for pid, command in marked(self.mark).items() if command.startswith("VLLM::EngineCore")]
+        return [pid for pid in cores if any(line in Path(f"/proc/{pid}/status").read_text() for line in replicas)]
+
     def post(self, path: str, body: Any, **kwargs: Any) -> httpx.Response:
         """POST `body` as JSON."""
         return self.client.post(path, json=body, **kwargs)

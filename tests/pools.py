@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -45,14 +46,22 @@ class Pools:
         """The counts of all engines of a role together."""
         return sum(self.states(role).values(), Counter())
 
+    def free(self, role: str) -> bool:
+        """Whether no engine of a role holds any KV block: vLLM refuses to reset its prefix cache then."""
+        return all(self.call(role, engine_id, "reset_prefix_cache") for engine_id in self.engines(role))
+
+    def quiet(self) -> bool:
+        """Whether no simulated engine has a request, a block that is held, or a handoff; those that die don't count."""
+        left: Counter[str] = Counter()
+        for role in ROLES:
+            for engine_id in self.engines(role):
+                with suppress(Exception):
+                    left += Counter(self.call(role, engine_id, "state"))
+        return not any(left[name] for name in ("waiting", "running", "fetching", "blocks_held", "handoffs"))
+
     def held(self) -> list[str]:
-        """Roles with an engine that holds any KV block: vLLM refuses to reset its prefix cache then."""
-        return [
-            role
-            for role in ROLES
-            for engine_id in self.engines(role)
-            if not self.call(role, engine_id, "reset_prefix_cache")
-        ]
+        """Roles with an engine that holds any KV block."""
+        return [role for role in ROLES if not self.free(role)]
 
     def wait_until_free(self, timeout_s: float) -> list[str]:
         """Roles that still hold blocks after `timeout_s`; empty as soon as none does."""

@@ -43,6 +43,12 @@ def answer(prompt: list[int], tokens: int) -> list[int]:
     return made
 
 
+def bare_model(folder: Path) -> Path:
+    """`folder` as the directory of a model without weights and tokenizer."""
+    (folder / "config.json").write_text(f'{{"vocab_size": {VOCABULARY}, "max_position_embeddings": 8192}}')
+    return folder
+
+
 class Died(Exception):
     """What a call to a killed worker ends with."""
 
@@ -177,7 +183,12 @@ class Handle:
 
 
 class Fabric:
-    """Both pools; kills are replaced after a moment, as by Ray Serve."""
+    """Both pools; kills are replaced after a moment, as by Ray Serve.
+
+    Args:
+        model: directory of a model, of which the simulator needs only `config.json`.
+        application: under which the engines are announced; by default a fresh name.
+    """
 
     SIMULATOR: ClassVar[dict[str, Any]] = {
         "prefill_tokens_per_s": 200_000,
@@ -186,10 +197,9 @@ class Fabric:
         "num_blocks": 4096,
     }
 
-    def __init__(self, folder: Path, seed: int, workers: int, hang_s: float = 1.0) -> None:
-        (folder / "config.json").write_text(f'{{"vocab_size": {VOCABULARY}, "max_position_embeddings": 8192}}')
+    def __init__(self, model: Path, seed: int, workers: int, hang_s: float = 1.0, application: str = "") -> None:
         self.random = random.Random(seed)
-        self.application = uuid.uuid4().hex
+        self.application = application or uuid.uuid4().hex
         self.pools: dict[str, list[Worker]] = {role: [] for role in ROLES}
         self.kills = 0
         self.silent: set[str] = set()
@@ -200,7 +210,7 @@ class Fabric:
             role: EngineSettings(
                 role=role,  # type: ignore[arg-type]
                 kind="simulated",
-                model=str(folder),
+                model=str(model),
                 args={"max_model_len": 8192},
                 hang_s=hang_s,
                 transport=TransportSettings(host="127.0.0.1", lease_s=600),  # type: ignore[call-arg]
@@ -273,6 +283,11 @@ class Fabric:
     def leases_expired(self) -> int:
         """Leases that ran out on any living engine."""
         return sum(worker.simulated.leases_expired for pool in self.pools.values() for worker in pool)
+
+    async def settle(self) -> None:
+        """Let the workers notice that a front end has left."""
+        while any(worker._front_ends for pool in self.pools.values() for worker in pool):
+            await asyncio.sleep(0.01)
 
     async def close(self) -> None:
         """Stop everything."""

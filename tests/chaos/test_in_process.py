@@ -16,7 +16,7 @@ from vllm.sampling_params import SamplingParams
 from kv_transfer import worker as worker_module
 from runtime import fleet as fleet_module
 from runtime import link as link_module
-from tests.chaos.fabric import Fabric, FrontEnd, answer
+from tests.chaos.fabric import Fabric, FrontEnd, answer, bare_model
 
 SEEDS = [int(os.environ["BATON_CHAOS_SEED"])] if "BATON_CHAOS_SEED" in os.environ else [1, 2, 3]
 """`BATON_CHAOS_SEED=N` replays one run."""
@@ -36,7 +36,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     made: list[Any] = []
 
     async def build(seed: int = 0, workers: int = 2, **limits: Any) -> tuple[Fabric, FrontEnd]:
-        fabric = Fabric(tmp_path, seed, workers)
+        fabric = Fabric(bare_model(tmp_path), seed, workers)
         await fabric.start()
         fabric.spawn_health()
         front_end = FrontEnd(fabric, **limits)

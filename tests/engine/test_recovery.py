@@ -6,12 +6,11 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import MODEL, Server, marked, wait_for
+from tests.conftest import MODEL, Server, wait_for
 from tests.pools import Pools
 
 REPLACED_S = 400.0
@@ -36,15 +35,6 @@ def whole_again(server: Server, nothing_held: None) -> Iterator[None]:
     assert wait_for(lambda: server.client.get("/health").status_code == 200, REPLACED_S)
 
 
-def engine_core_of(server: Server, role: str) -> int:
-    """The process of the vLLM engine core of a role's only worker."""
-    replica = server.pids(role)[0]
-    for pid, command in marked(server.mark).items():
-        if command.startswith("VLLM::EngineCore") and f"PPid:\t{replica}\n" in Path(f"/proc/{pid}/status").read_text():
-            return pid
-    raise AssertionError(f"no engine core of {role}")
-
-
 def test_a_stream_outlives_its_decode_engine(server: Server, pools: Pools) -> None:
     """It goes on in the other pool: the text, the logprobs and the usage are those of an undisturbed stream."""
     whole = server.complete(**COUNTING)
@@ -62,7 +52,7 @@ def test_a_stream_outlives_its_decode_engine(server: Server, pools: Pools) -> No
             usage = event.get("usage") or usage
             chunks += event["choices"]
             if len(chunks) == 10:
-                os.kill(engine_core_of(server, "decode"), signal.SIGKILL)
+                os.kill(server.engine_cores("decode")[0], signal.SIGKILL)
     assert "".join(chunk["text"] for chunk in chunks) == whole["choices"][0]["text"]
     tokens = [token for chunk in chunks if chunk["logprobs"] for token in chunk["logprobs"]["tokens"]]
     assert tokens == whole["choices"][0]["logprobs"]["tokens"]

@@ -1,0 +1,50 @@
+"""Bodies that vLLM's own checks stumble over: a 400 for the client, where there would be a 500.
+
+vLLM answers for what its validators refuse, and for `ValueError` and its like. Some validators look into a value before
+they know its type, and a deeply nested body exhausts the JSON decoder; what they raise then says nothing of a fault
+of ours, because they have seen nothing but the body.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import TracebackType
+
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+logger = logging.getLogger("baton.frontend")
+
+STUMBLES = (AttributeError, LookupError, RecursionError, AssertionError, ArithmeticError)
+"""What code raises that expected something else. Other exceptions are left to vLLM's handlers."""
+
+CHECKS = (("starlette/requests.py", "json"), ("fastapi/_compat/v2.py", "validate"))
+"""Where the body is decoded and validated: file and function. What runs inside of them has only the body to see."""
+
+
+def answer_bad_input(app: FastAPI) -> None:
+    """Have `app` answer 400 when the decoding or validation of a body raises one of `STUMBLES`."""
+    for kind in STUMBLES:
+        app.add_exception_handler(kind, _on_stumble)
+    app.middleware_stack = None  # vLLM's has been built already; Starlette builds it anew, with these
+
+
+async def _on_stumble(request: Request, error: Exception) -> Response:
+    if not raised_in_checks(error.__traceback__):
+        raise error
+    logger.info("a body for %s made its checks raise %r", request.url.path, error)
+    answer = create_error_response(ValueError(f"The body is malformed: {error}"))
+    return JSONResponse(answer.model_dump(), status_code=400)
+
+
+def raised_in_checks(traceback: TracebackType | None) -> bool:
+    """Whether an exception came out of the decoding or validation of a body."""
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        file = Path(code.co_filename).as_posix()
+        if any(file.endswith(f"/{name}") and code.co_name == function for name, function in CHECKS):
+            return True
+        traceback = traceback.tb_next
+    return False
