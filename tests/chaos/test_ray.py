@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -72,5 +73,5 @@ def test_nothing_is_lost(server: Server) -> None:
 
 
 def metrics(server: Server) -> set[str]:
-    """Lines of the metrics of both front ends: requests are spread over them."""
-    return {line for _ in range(10) for line in server.client.get("/metrics").text.splitlines()}
+    """Lines of the metrics of both front ends: connections are spread over them."""
+    return {line for _ in range(12) for line in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines()}

@@ -64,7 +64,7 @@ class Gateway:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the gateway's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(300)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     @classmethod
     @contextmanager

@@ -25,6 +25,7 @@ BODIES = int(os.environ.get("BATON_FUZZ_BODIES", "1500"))
 EXAMPLES = int(os.environ.get("BATON_FUZZ_EXAMPLES", "40"))
 SEED = int(os.environ.get("BATON_FUZZ_SEED", "1"))
 AT_A_TIME = 16
+pytestmark = pytest.mark.timeout(300 + BODIES + 60 * EXAMPLES)
 
 Request = tuple[str, str, bytes, dict[str, str] | None]
 """Method, path with query, body and headers."""
