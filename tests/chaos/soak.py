@@ -73,7 +73,7 @@ class Sampler:
     def __init__(self, server: Server) -> None:
         self.lives: dict[int, Life] = {}
         self._server, self._began, self._over = server, time.monotonic(), threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
