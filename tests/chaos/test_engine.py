@@ -43,7 +43,7 @@ CANDIDATES = [
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """`make serve` as a user runs it: one prefill and one decode worker; no process may be left after it."""
-    with baton_serve(ROOT / "deploy/config/demo.yaml") as server:
+    with baton_serve(ROOT / "deploy/config/demo.yaml", timeout_s=1200) as server:
         yield server
 
 
