@@ -21,11 +21,12 @@ test: setup lint test-unit test-serve test-engine ## everything: lint, unit, Ray
 
 test-unit: ## pure tests, no Ray
 	@echo "== unit tests"
-	@$(PY) -m pytest tests/unit -q
+	@$(PY) -m pytest tests/unit tests/deploy -q
 
 test-serve: ## real Ray Serve with simulated engines
 	@echo "== Ray Serve with simulated engines"
 	@$(PY) -m pytest tests/serve -q
+	@$(PY) -m pytest tests/elastic -q
 
 test-engine: ## real vLLM engines
 	@echo "== real vLLM engines"
@@ -58,8 +59,10 @@ format: ## format the code
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
 
-docs: ## write docs/configuration.md from the code
+docs: ## write the settings, the metrics and the PrometheusRule from their sources
 	@$(PY) -m runtime.config_reference > docs/configuration.md
+	@$(PY) -m runtime.metric_reference > docs/metrics.md
+	@$(PY) scripts/prometheus_rule.py > deploy/alerts/prometheusrule.yaml
 
 lock: ## resolve requirements/*.lock anew (needs uv)
 	uv pip compile requirements/cpu.in --override requirements/overrides.txt --generate-hashes --python-version 3.11 \

@@ -16,6 +16,7 @@ class DecodeWorker(EngineWorker):
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         super().__init__()
         await self.start(EngineSettings.model_validate(settings))
+        await self.export_metrics()
 
     async def release(self, engine_id: str | None, handoffs: list[dict[str, Any]]) -> None:
         """Release handoffs for a prefill worker whose front end died; `None` means any decode worker."""

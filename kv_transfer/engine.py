@@ -42,6 +42,7 @@ class EngineFacts:
     num_blocks: int
     kv_host: str
     kv_port: int
+    metrics_port: int = 0  # of the worker's `/metrics`, on the same host; 0: none
 
     def to_dict(self) -> dict[str, Any]:
         """As a dict of strings and ints, for Ray Serve's replica metadata."""

@@ -51,6 +51,11 @@ class Handoff:
         return str(self.params["remote_request_id"])
 
     @property
+    def blocks(self) -> int:
+        """KV blocks that it pins, of all cache groups."""
+        return sum(len(group) for group in self.params["remote_block_ids"])
+
+    @property
     def cached_tokens(self) -> int | None:
         """Prompt tokens that the prefill engine had in its prefix cache, where it says so."""
         value = self.params.get("remote_prefill_cached_tokens")

@@ -76,6 +76,13 @@ class Ledger:
         """How many handoffs of each prefill engine are outstanding."""
         return Count(handoff.engine_id for handoff in self._since)
 
+    def pinned_blocks(self) -> Count[str]:
+        """How many KV blocks of each prefill engine wait to be pulled or released."""
+        blocks: Count[str] = Count()
+        for handoff in self._since:
+            blocks[handoff.engine_id] += handoff.blocks
+        return blocks
+
     def oldest_s(self) -> float:
         """Age of the oldest outstanding handoff, in seconds; 0 when there is none."""
         return time.monotonic() - min(self._since.values()) if self._since else 0.0

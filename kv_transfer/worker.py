@@ -11,13 +11,15 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
 
 from kv_transfer.engine import Engine, EngineDied, start_engine
+from kv_transfer.gpu_memory import GpuMemory
 from kv_transfer.settings import EngineSettings
+from kv_transfer.worker_endpoint import WorkerMetrics, counts_of
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
@@ -83,6 +85,8 @@ class EngineWorker:
         self._front_ends: dict[str, _FrontEnd] = {}
         self._owner: dict[str, str] = {}  # leg id -> front end
         self._dead: str | None = None
+        self._metrics: WorkerMetrics | None = None
+        self._start_s: dict[str, float] = {}
         self._stepped = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -101,7 +105,20 @@ class EngineWorker:
         self._engine = await start_engine(settings)
         for watch in (self._hand_out(), self._drop_silent(), self._notice_hang(settings.hang_s)):
             self._spawn(watch)
-        logger.info("%s engine %s up in %.1f s", settings.role, self.engine.facts.engine_id, time.monotonic() - started)
+        self._start_s["engine"] = time.monotonic() - started
+        logger.info("%s engine %s up in %.1f s", settings.role, self.engine.facts.engine_id, self._start_s["engine"])
+
+    async def export_metrics(self) -> None:
+        """Serve this worker's own `/metrics`, beside its side channel; the facts tell the port."""
+        gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
+        state = counts_of(lambda: self.engine.call("state"), asyncio.get_running_loop())
+        self._metrics = metrics = WorkerMetrics(state, self._start_s, GpuMemory(gpus).read)
+        self.engine.facts = replace(self.engine.facts, metrics_port=metrics.serve(self.engine.facts.kv_host))
+        # A simulated engine makes its configuration up, which takes seconds: traffic need not wait for it.
+        self._spawn(self._describe(metrics))
+
+    async def _describe(self, metrics: WorkerMetrics) -> None:
+        metrics.describe_engine(await asyncio.to_thread(self.engine.vllm_config))
 
     async def exchange(self, engine_id: str, front_end: str, commands: list[Command], settled: list[str]) -> None:
         """Take legs to run and legs to abort, in the order given, and the ids of legs whose handoffs are settled."""
@@ -167,6 +184,9 @@ class EngineWorker:
         """Stop the engine and all of its processes."""
         while self._tasks:
             self._tasks.pop().cancel()
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
@@ -181,6 +201,8 @@ class EngineWorker:
             while True:
                 outputs = await self.engine.outputs()
                 self._stepped = time.monotonic()
+                if self._metrics is not None:
+                    self._metrics.stepped(outputs)
                 for front_end, batch in self._by_front_end(outputs).items():
                     self._front_ends[front_end].queue.put_nowait(batch)
         except asyncio.CancelledError:

@@ -19,6 +19,7 @@ class PrefillWorker(EngineWorker):
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         super().__init__()
         await self.start(EngineSettings.model_validate(settings))
+        await self.export_metrics()
 
     async def release_elsewhere(self, handoffs: list[dict[str, Any]]) -> None:
         """Ask any decode worker: only a decode engine can tell a prefill engine that blocks are free."""

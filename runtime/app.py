@@ -17,6 +17,7 @@ from prefill.worker import PrefillWorker
 from runtime.config import ROLES, Config, Role, load
 from runtime.errors import ConfigError
 from runtime.pinned_router import ROUTER_CLASS
+from runtime.scaler import replicas_of, scaler
 
 logger = logging.getLogger("baton.app")
 
@@ -43,7 +44,7 @@ def build(args: dict[str, str]) -> Application:
 
 
 def application(config: Config, *, own_server: bool = False) -> Application:
-    """The front end and both pools as one Serve application.
+    """The front end, both pools and, where there is something to scale, the scaler, as one Serve application.
 
     Args:
         own_server: front ends listen on `front_end.host` and `port` themselves; else Serve's proxy brings requests.
@@ -57,19 +58,19 @@ def application(config: Config, *, own_server: bool = False) -> Application:
         ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_timeout_s=DRAIN_S + 5,
     )
-    return front_end.bind(config.model_dump(), own_server=own_server, **pools)
+    return front_end.bind(config.model_dump(), own_server=own_server, scaler=scaler(config), **pools)
 
 
 def _pool(config: Config, role: Role) -> Application:
     deployment = serve.deployment(
         WORKERS[role],
         name=role,
-        num_replicas=config.pool(role).replicas,
         max_ongoing_requests=MAX_ONGOING,
         request_router_config=RequestRouterConfig(request_router_class=ROUTER_CLASS),
         health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=30,
+        **replicas_of(config, role),
         **placement(config, role),
     )
     return deployment.bind(config.engine_settings(role).model_dump())
@@ -116,14 +117,19 @@ class FrontEndReplica:
     """A Ray Serve replica that serves the OpenAI API over both pools."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: dict[str, Any], prefill: DeploymentHandle, decode: DeploymentHandle, own_server: bool
+        self,
+        config: dict[str, Any],
+        prefill: DeploymentHandle,
+        decode: DeploymentHandle,
+        own_server: bool,
+        scaler: DeploymentHandle | None = None,
     ) -> None:
         from runtime.frontend import start_front_end  # vLLM's server: only where it runs
         from runtime.http_server import HttpServer
 
         log_through_serve()
         settings = Config.model_validate(config)
-        self._front_end = await start_front_end(settings, {"prefill": prefill, "decode": decode})
+        self._front_end = await start_front_end(settings, {"prefill": prefill, "decode": decode}, scaler)
         _running["app"] = self._front_end.asgi
         address = settings.front_end.host, settings.front_end.port
         self._server = HttpServer(self._front_end.asgi, *address, shared=True) if own_server else None

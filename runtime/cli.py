@@ -1,4 +1,4 @@
-"""`baton serve | check`: the command line."""
+"""`baton serve | check | top`: the command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 
 from runtime.config import ROLES, Config, load
-from runtime.errors import ConfigError
+from runtime.errors import BatonError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,8 +25,16 @@ def main(argv: list[str] | None = None) -> int:
         "check", help="check settings and print them resolved, with each role's engine arguments"
     )
     check.add_argument("config", metavar="FILE", help="settings (YAML)")
+    watch = commands.add_parser("top", help="show the fleet live in the terminal")
+    watch.add_argument("url", nargs="?", default="http://127.0.0.1:8000", help="a front end; default %(default)s")
+    watch.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="look so often; default %(default)s")
+    watch.add_argument("--once", action="store_true", help="print the fleet once")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.command == "top":
+            from runtime.top import top
+
+            return top(arguments.url, arguments.every, once=arguments.once)
         config = load(arguments.config)
         if arguments.command == "check":
             return _check(config)
@@ -36,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if changes:
             config = config.model_copy(update={"front_end": config.front_end.model_copy(update=changes)})
         return serve_until_stopped(config, arguments.address)
-    except ConfigError as error:
+    except BatonError as error:
         print(f"baton: {error}", file=sys.stderr)
         return 2
 

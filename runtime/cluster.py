@@ -22,6 +22,7 @@ from decode.resume import is_exact, resume, why_not_resumable
 from kv_transfer.handoff import Handoff, InvalidHandoff
 from kv_transfer.ledger import Ledger
 from prefill.request import prefill_leg
+from runtime.client_view import ClientView, StreamClock
 from runtime.config import LimitSettings
 from runtime.errors import BatonError, PullFailed, Refusal, Unrecoverable, WorkerLost
 from runtime.fleet import Fleet
@@ -58,6 +59,7 @@ class LiveRequest:
     request: EngineCoreRequest
     pinned: Plan | None = None
     visit: Visit = field(default_factory=Visit)
+    clock: StreamClock | None = None  # None for a warm-up, which no client sees
     handoff: Handoff | None = None
     made: list[int] = field(default_factory=list)  # tokens that went to the client
     losses: int = 0
@@ -102,6 +104,7 @@ class Cluster(EngineCoreClient):
             coming=lambda: self.fleet.starting(),
             changed=lambda: self.fleet.changed,
         )
+        self.seen = ClientView()
         self._limits = limits
         self._live: dict[str, LiveRequest] = {}
         self._legs: dict[str, Leg] = {}
@@ -112,19 +115,23 @@ class Cluster(EngineCoreClient):
 
     async def _serve(self, live: LiveRequest) -> None:
         """Plan, prefill, decode; after a loss plan again and go on where the client is; settle whatever happens."""
+        outcome = "aborted"
         try:
             while True:
                 try:
                     await self._once(live, await self._plan(live))
+                    outcome = "done"
                     return
                 except (WorkerLost, PullFailed, InvalidHandoff) as loss:
                     self._settle(live, "lost")
                     self._go_on(live, loss)
         except Refusal as refusal:
+            outcome = "refused"
             logger.debug("request %s refused (%s): %s", live.id, refusal.reason, refusal)
             live.visit.refuse(refusal)
             self._finish(live, FinishReason.ERROR)  # ends it in vLLM's front end; the edge tells the client
         except BatonError as error:
+            outcome = "failed"
             logger.error("request %s failed: %s", live.id, error)
             self._finish(live, FinishReason.ERROR)
         finally:
@@ -132,6 +139,8 @@ class Cluster(EngineCoreClient):
             self._live.pop(live.id, None)
             if live.visit.admitted:
                 self.room.ended(live.visit, len(live.request.prompt_token_ids or ()), len(live.made))
+            if live.clock is not None:
+                self.seen.ended(live.clock, outcome, time.monotonic())
 
     async def _once(self, live: LiveRequest, plan: Plan) -> None:
         request = live.remaining()
@@ -157,6 +166,9 @@ class Cluster(EngineCoreClient):
         level = live.visit.level_for(live.request.priority)
         plan, _ = await self.room.enter(live.visit, level, lambda: self._look(live))
         PLANS.labels(plan=type(plan).__name__.lower(), reason=plan.reason).inc()
+        if live.clock is not None:
+            on_prefill = self.fleet.role(plan.decode) == "prefill"
+            self.seen.planned(live.clock, plan, len(live.request.prompt_token_ids or ()), on_prefill=on_prefill)
         logger.debug("request %s plan %s", live.id, plan)
         return plan
 
@@ -232,19 +244,20 @@ class Cluster(EngineCoreClient):
     def on_outputs(self, batch: EngineCoreOutputs) -> None:
         """Take one step's outputs of one worker: the hot path, once per step and not per token."""
         ours: list[EngineCoreOutput] = []
+        now = time.monotonic()
         for output in batch.outputs:
             leg = self._legs.get(output.request_id)
             if leg is None:
                 continue
             if leg.decodes:
-                self._deliver(leg, output, ours)
+                self._deliver(leg, output, ours, now)
             elif output.finished:
                 self._prefilled(leg, output)
         if ours:
             # Timestamps are monotonic clocks of the worker's machine: stamp anew with ours.
             self._outputs.put_nowait(EngineCoreOutputs(outputs=ours))
 
-    def _deliver(self, leg: Leg, output: EngineCoreOutput, ours: list[EngineCoreOutput]) -> None:
+    def _deliver(self, leg: Leg, output: EngineCoreOutput, ours: list[EngineCoreOutput], now: float) -> None:
         live = leg.live
         if output.finish_reason is FinishReason.ERROR:
             _resolve(leg, PullFailed(f"leg {leg.id} failed on its worker"))
@@ -260,6 +273,8 @@ class Cluster(EngineCoreClient):
             self.fleet.worked(leg.engine_id)
             self._taken_over(live)
         live.made += output.new_token_ids
+        if live.clock is not None:
+            self.seen.tokens(live.clock, len(output.new_token_ids), now)
         output.request_id = live.id
         ours.append(output)
         if output.finished:
@@ -286,6 +301,11 @@ class Cluster(EngineCoreClient):
         if links:
             links[0].send(release_leg(handoff, f"{handoff.leg_id}-release"))
         return bool(links)
+
+    def waiting(self) -> tuple[int, int]:
+        """Requests that no worker has yet, and their prompt tokens."""
+        lengths = [len(live.request.prompt_token_ids or ()) for live in self._live.values() if not live.legs]
+        return len(lengths), sum(lengths)
 
     def on_lost(self, engine_id: str, why: str) -> None:
         """Plan every request of a lost worker again."""
@@ -318,6 +338,8 @@ class Cluster(EngineCoreClient):
         """Start a request's life."""
         pinned = self._pins.pop(request.external_req_id or "", None)
         live = LiveRequest(_trusted(request), pinned, current_visit.get() or Visit())
+        if pinned is None:
+            live.clock = StreamClock.since(request.arrival_time)
         self._live[live.id] = live
         live.task = asyncio.get_running_loop().create_task(self._serve(live), context=contextvars.Context())
 

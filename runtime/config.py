@@ -17,6 +17,8 @@ from kv_transfer.nixl import IncompatibleEngines, check_agree
 from kv_transfer.settings import EngineSettings, Settings, SimulatorSettings, TransportSettings
 from runtime.admission_settings import AdmissionSettings
 from runtime.errors import ConfigError
+from runtime.policy.scaling_records import PoolBounds, ScalingSettings
+from runtime.scaling_settings import ObjectiveSection, ScalingSection
 
 Role = Literal["prefill", "decode"]
 ROLES: tuple[Role, Role] = ("prefill", "decode")
@@ -155,6 +157,8 @@ class Config(Settings):
         description="Who may begin, who waits in which order, and who is refused.",
     )
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Bounds and budgets.")  # type: ignore[arg-type]
+    objectives: ObjectiveSection = Field(default_factory=ObjectiveSection, description="What clients may expect.")  # type: ignore[arg-type]
+    scaling: ScalingSection = Field(default_factory=ScalingSection, description="How the pools scale.")  # type: ignore[arg-type]
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -169,6 +173,7 @@ class Config(Settings):
             raise ValueError(str(problem)) from problem
         for role in ROLES:
             self._check_gpus(role)
+        self.scaling_policy()
         return self
 
     def _engine_args(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -188,6 +193,15 @@ class Config(Settings):
     def pool(self, role: Role) -> PoolSettings:
         """The settings of a role's pool."""
         return self.prefill if role == "prefill" else self.decode
+
+    def bounds(self, role: Role) -> PoolBounds:
+        """How small and how large a role's pool may get."""
+        pool = self.pool(role)
+        return self.scaling.bounds(role, pool.replicas, pool.num_gpus)
+
+    def scaling_policy(self) -> ScalingSettings | None:
+        """What the pools are sized by; None when they are not scaled."""
+        return self.scaling.policy(self.bounds("prefill"), self.bounds("decode"), self.objectives.policy())
 
     def args_of(self, role: Role) -> dict[str, Any]:
         """The engine arguments of a role: the common ones with the pool's over them."""
@@ -233,7 +247,7 @@ class Config(Settings):
         }
 
     def _cores_of_an_engine(self) -> int:
-        return (os.cpu_count() or 1) // (self.prefill.replicas + self.decode.replicas)
+        return (os.cpu_count() or 1) // (self.bounds("prefill").most + self.bounds("decode").most)
 
     def _threads(self, role: Role) -> int:
         threads, share = self.pool(role).threads, self._cores_of_an_engine()

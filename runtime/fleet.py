@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from kv_transfer.handoff import Handoff
 from kv_transfer.nixl import IncompatibleEngines, check_compatible
 from runtime.engine_board import subscribe
 from runtime.link import Link
+from runtime.metrics import WORKERS_LOST
 from runtime.policy.types import Snapshot, WorkerView
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ FAILURES_IN_A_ROW = 3
 
 RECONNECT_S = 1.0
 
+EVENTS_KEPT = 20
+"""So many deaths and returns of workers are remembered for `baton top`."""
+
 
 class State(Enum):
     """Where a worker is in its life, to one front end."""
@@ -42,6 +47,10 @@ class State(Enum):
     DRAINING = "draining"
 
 
+_PHASE_ENDS = {State.WARMING: "connect", State.READY: "warm"}
+"""Phases of a worker's start that end with a change of its state to a front end."""
+
+
 @dataclass(eq=False)
 class Worker:
     """One worker and this front end's work on it."""
@@ -49,6 +58,8 @@ class Worker:
     link: Link
     state: State = State.CONNECTING
     failures: int = 0  # in a row
+    since: float = field(default_factory=time.monotonic)  # of its state
+    start_s: dict[str, float] = field(default_factory=dict)  # seconds of the phases that this front end sees
     requests: int = 0
     tokens: int = 0
 
@@ -85,6 +96,7 @@ class Fleet:
         self._announced: dict[str, dict[str, EngineFacts]] = {}
         self._closed = False
         self._connecting: set[asyncio.Task[None]] = set()
+        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
 
     def follow(self, application: str) -> None:
         """Begin to follow Ray Serve's news of both pools."""
@@ -113,6 +125,11 @@ class Fleet:
         """The link to a worker, or None when it is gone."""
         worker = self.workers.get(engine_id)
         return worker.link if worker else None
+
+    def role(self, engine_id: str) -> str | None:
+        """The pool that a worker is of, or None when it is gone."""
+        worker = self.workers.get(engine_id)
+        return worker.link.facts.role if worker else None
 
     def links(self, role: str | None = None) -> list[Link]:
         """The links of a pool, or of both."""
@@ -165,7 +182,11 @@ class Fleet:
 
     def set_state(self, worker: Worker, state: State) -> None:
         """Move a worker to `state` and wake whoever waits for a change."""
-        worker.state = state
+        now = time.monotonic()
+        if state in _PHASE_ENDS:
+            worker.start_s.setdefault(_PHASE_ENDS[state], now - worker.since)
+        worker.state, worker.since = state, now
+        self._note(worker.link.facts, state.value)
         logger.info("%s worker %s is %s", worker.link.facts.role, worker.link.facts.engine_id, state.value)
         self._wake()
 
@@ -218,7 +239,10 @@ class Fleet:
 
     def _lost(self, link: Link, why: str) -> None:
         engine_id = link.facts.engine_id
-        self.workers.pop(engine_id, None)
+        worker = self.workers.pop(engine_id, None)
+        if worker is not None and worker.state is not State.DRAINING and not self._closed:
+            WORKERS_LOST.labels(pool=link.facts.role).inc()
+            self._note(link.facts, f"lost: {why}")
         logger.warning("%s worker %s lost: %s", link.facts.role, engine_id, why)
         self._on_lost(engine_id, why)
         asyncio.get_running_loop().call_later(RECONNECT_S, self._reconnect, link.facts)
@@ -228,6 +252,9 @@ class Fleet:
         """Try a lost worker again for as long as Ray Serve announces it: perhaps only the link broke."""
         if not self._closed and facts.engine_id in self._announced[facts.role] and facts.engine_id not in self.workers:
             self._connect(facts)
+
+    def _note(self, facts: EngineFacts, what: str) -> None:
+        self.events.append({"at": time.time(), "pool": facts.role, "engine_id": facts.engine_id, "what": what})
 
     def _wake(self) -> None:
         self.changed.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import uuid
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from fastapi import FastAPI
+from prometheus_client import REGISTRY
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp
 from vllm.engine.arg_utils import FlexibleArgumentParser
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -23,10 +28,14 @@ from vllm.v1.executor import Executor
 
 from decode.request import without_kv_params
 from runtime.bad_input import answer_bad_input
+from runtime.client_view import ClientView
 from runtime.cluster import Cluster
 from runtime.config import Config
 from runtime.edge import Edge
 from runtime.fleet import Fleet
+from runtime.fleet_metrics import FleetMetrics, serve_alone
+from runtime.pool_metrics import PoolMetrics, fleet_snapshot
+from runtime.reporter import Reporter
 from runtime.visit import Reception, current_visit
 from runtime.warmup import Warmer
 
@@ -72,9 +81,13 @@ class FrontEndLLM(AsyncLLM):
             params = without_kv_params(params)
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
+    def sleeps(self) -> bool:
+        """Whether both pools sleep on purpose, so that a request has to wake them."""
+        return False
+
     async def check_health(self) -> None:
-        """Healthy means that both pools can serve. `/health` answers 503 otherwise."""
-        if not self.cluster.fleet.ready():
+        """Healthy means that both pools can serve, or sleep on purpose. `/health` answers 503 otherwise."""
+        if not self.cluster.fleet.ready() and not self.sleeps():
             raise EngineDeadError()
 
 
@@ -91,9 +104,11 @@ class FrontEnd:
     asgi: ASGIApp
     llm: FrontEndLLM
     warmer: Warmer
+    reporter: Reporter
 
     def shutdown(self) -> None:
         """Stop; the workers abort what was ours."""
+        self.reporter.stop()
         self.warmer.stop()
         self.llm.shutdown()
 
@@ -104,7 +119,9 @@ def not_a_refusal(record: logging.LogRecord) -> bool:
     return visit is None or visit.refusal is None
 
 
-async def start_front_end(config: Config, handles: dict[str, DeploymentHandle]) -> FrontEnd:
+async def start_front_end(
+    config: Config, handles: dict[str, DeploymentHandle], scaler: DeploymentHandle | None = None
+) -> FrontEnd:
     """Connect to both pools, warm every path through them, and return the app once both can serve."""
     front_end = uuid.uuid4().hex
     prefill_is_up = handles["prefill"].call.remote(None, "state", [])
@@ -112,6 +129,7 @@ async def start_front_end(config: Config, handles: dict[str, DeploymentHandle]) 
     await prefill_is_up
     cluster = Cluster(config.limits, config.admission.policy())
     cluster.fleet = Fleet(front_end, handles, cluster.on_outputs, cluster.on_lost, cluster.ledger.outstanding)
+    cluster.seen = ClientView(config.objectives.policy())
     llm = FrontEndLLM.over(cluster, vllm_config)
     cluster.fleet.follow(config.name)
     for name in COMPLAINERS:
@@ -119,14 +137,21 @@ async def start_front_end(config: Config, handles: dict[str, DeploymentHandle]) 
     warmer = Warmer(llm, cluster)
     warmer.start()
     await asyncio.wait_for(warmer.both_pools(), config.limits.start_timeout_s)
+    alone = serve_alone() if config.front_end.replicas > 1 else ("", 0)
+    reporter = Reporter(front_end, cluster, scaler, alone)
+    llm.sleeps = functools.partial(reporter.sleeps, config.limits.wait_for_worker_s)  # type: ignore[method-assign]
+    REGISTRY.register(cluster.seen)
+    REGISTRY.register(PoolMetrics(cluster, reporter))  # type: ignore[arg-type]  # a collector by its method
+    reporter.start()
     app = await _build_app(config, llm)
+    _add_own_routes(app, cluster, reporter)
     edge = Edge(
         app,
         max_body_bytes=config.front_end.max_body_bytes,
         api_keys=config.api_keys(),
         reception=Reception(config.admission),
     )
-    return FrontEnd(app, edge, llm, warmer)
+    return FrontEnd(app, edge, llm, warmer, reporter)
 
 
 async def _build_app(config: Config, llm: FrontEndLLM) -> FastAPI:
@@ -136,6 +161,22 @@ async def _build_app(config: Config, llm: FrontEndLLM) -> FastAPI:
     await init_app_state(llm, app.state, args, ("generate",))
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", "") not in CLOSED_PATHS]
     return app
+
+
+def _add_own_routes(app: FastAPI, cluster: Cluster, reporter: Reporter) -> None:
+    """`/metrics` of the whole fleet in place of vLLM's, and `/baton/fleet`, the same for people and scripts."""
+    metrics = FleetMetrics(
+        lambda: (worker.link.facts for worker in cluster.fleet.workers.values()),
+        lambda: reporter.status.front_ends if reporter.status else (),
+        reporter.front_end,
+    )
+    app.router.routes = [route for route in app.router.routes if getattr(route, "path", "") != "/metrics"]
+    app.router.routes.append(Route("/metrics", metrics, methods=["GET"]))
+
+    async def fleet(request: Request) -> JSONResponse:
+        return JSONResponse(fleet_snapshot(cluster, reporter))
+
+    app.router.routes.append(Route("/baton/fleet", fleet, methods=["GET"]))
 
 
 def _server_args(config: Config) -> Any:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from prometheus_client import Counter, Gauge, Histogram
 
 PLANS = Counter("baton_plans_total", "Requests by the plan they were given and why.", ["plan", "reason"])
+WORKERS_LOST = Counter(
+    "baton_workers_lost_total", "Workers that were lost without having been asked to leave, by pool.", ["pool"]
+)
 RECOVERIES = Counter(
     "baton_recoveries_total",
     "Requests that went on after a loss, by kind (retried before the first token, resumed after it) and fault.",
@@ -24,3 +27,6 @@ TENANT_TOKENS = Counter(
     "Prompt and answer tokens by tenant: those with a name in the settings, and all others together.",
     ["tenant"],
 )
+
+for _pool in ("prefill", "decode"):
+    WORKERS_LOST.labels(pool=_pool)  # a counter that begins with its first event hides it from `increase`

@@ -1,0 +1,72 @@
+"""The alerting rules against the real promtool, the metrics that exist, the runbooks, and the operator's schema."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from runtime.metric_reference import families
+from runtime.policy.scaling_records import REASONS
+from scripts.prometheus_rule import SOURCE, prometheus_rule
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+RULES = [rule for group in yaml.safe_load(SOURCE.read_text())["groups"] for rule in group["rules"]]
+CASES: list[dict[str, Any]] = yaml.safe_load((HERE / "alerts.test.yaml").read_text())["tests"]
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="needs promtool (Debian's package prometheus)"
+)
+
+
+@needs_promtool
+def test_rules_are_valid() -> None:
+    """`promtool check rules` has nothing to say."""
+    subprocess.run(["promtool", "check", "rules", str(SOURCE)], check=True, capture_output=True)
+
+
+@needs_promtool
+def test_alerts_fire_when_they_should_and_only_then() -> None:
+    """`promtool test rules` over the cases of alerts.test.yaml."""
+    done = subprocess.run(["promtool", "test", "rules", "alerts.test.yaml"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("alert", [rule["alert"] for rule in RULES])
+def test_every_alert_has_its_cases_and_its_runbook(alert: str) -> None:
+    """Series that make it fire, others that don't, and a section in docs/operations.md."""
+    expected = [
+        bool(check["exp_alerts"]) for case in CASES for check in case["alert_rule_test"] if check["alertname"] == alert
+    ]
+    assert sorted(expected) == [False, True]
+    assert f"\n#### {alert}\n" in (ROOT / "docs/operations.md").read_text()
+
+
+def _exposed() -> set[str]:
+    """The names of all series that Baton exposes."""
+    names: set[str] = set()
+    for name, family in families().items():
+        suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.kind, [""])
+        names.update(name + suffix for suffix in suffixes)
+    return names
+
+
+def test_rules_name_metrics_that_exist() -> None:
+    """A metric or a reason that is renamed in the code has to be renamed here."""
+    exprs = "\n".join(rule["expr"] for rule in RULES)
+    assert set(re.findall(r"\bbaton_\w+", exprs)) <= _exposed()
+    series = {entry["series"].partition("{")[0] for case in CASES for entry in case["input_series"]}
+    assert series <= _exposed()
+    reasons = {one for found in re.findall(r'reason=~?"([^"]+)"', exprs) for one in found.split("|")}
+    assert reasons <= set(REASONS)
+
+
+def test_the_prometheus_rule_is_up_to_date() -> None:
+    """`make docs` was run after the last change of the rules."""
+    assert (ROOT / "deploy/alerts/prometheusrule.yaml").read_text() == prometheus_rule()

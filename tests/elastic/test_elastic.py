@@ -1,0 +1,71 @@
+"""Pools that scale, on real Ray: they grow with the load, shrink after it, and lose nothing; every metric is there."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.elastic import SETTINGS, run
+from runtime.metric_reference import VLLM, families
+from tests.conftest import Server, baton_serve, wait_for
+
+ONLY_WITH_A_REASON = {
+    "baton_handoffs_released",
+    "baton_recoveries",
+    "baton_gpu_memory_used_bytes",
+    "baton_gpu_memory_total_bytes",
+}
+"""Families that have no series before something goes wrong, or without a GPU."""
+
+
+@pytest.fixture(scope="module")
+def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`baton serve` with slow simulated engines and pools of one to four."""
+    path: Path = tmp_path_factory.mktemp("elastic") / "settings.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS))
+    with baton_serve(path) as server:
+        yield server
+
+
+def test_pools_follow_the_load(elastic: Server) -> None:
+    """Ten times the load and back: both pools grow and shrink on their own, and every stream ends as it should."""
+    seen = asyncio.run(run(elastic.url, [(5, 0.4), (75, 4.0), (5, 0.4)]))
+    assert not seen.failed
+    assert seen.done > 150
+    assert seen.most("prefill") >= 2
+    assert seen.most("decode") >= 2
+    assert all(abs(s["prefill"]["desired"] - s["decode"]["desired"]) <= 3 for s in seen.samples)
+
+    def small() -> bool:
+        pools = elastic.client.get("/baton/fleet").json()["pools"]
+        return all(pool["load"]["ready"] == 1 and pool["answer"]["workers"] == 1 for pool in pools.values())
+
+    assert wait_for(small, 150)
+    assert not asyncio.run(run(elastic.url, [(3, 2.0)])).failed
+
+
+def test_every_documented_metric_is_scraped(elastic: Server) -> None:
+    """One scrape of the front end has all families with data, and the desired replicas are what the fleet says."""
+    asyncio.run(run(elastic.url, [(3, 2.0)]))
+    pattern = re.compile(r"vllm:num_requests_running\{worker=")
+    assert wait_for(lambda: bool(pattern.search(elastic.client.get("/metrics").text)), 60)
+    text = elastic.client.get("/metrics").text
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    for name in set(families()) - ONLY_WITH_A_REASON:
+        assert found[name].samples, name
+    for name in VLLM:
+        assert name in found or name.startswith("vllm:nixl_"), name
+    workers = {s.labels["worker"] for s in found["vllm:kv_cache_usage_perc"].samples}
+    assert len(workers) == len(found["vllm:kv_cache_usage_perc"].samples) >= 2
+    answers = {
+        pool: state["answer"]["workers"] for pool, state in elastic.client.get("/baton/fleet").json()["pools"].items()
+    }
+    assert {s.labels["pool"]: s.value for s in found["baton_pool_desired_replicas"].samples} == answers
+    assert httpx.get(elastic.url + "/metrics").headers["content-type"].startswith("text/plain")
