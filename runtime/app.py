@@ -129,7 +129,10 @@ class FrontEndReplica:
 
         log_through_serve()
         settings = Config.model_validate(config)
-        self._front_end = await start_front_end(settings, {"prefill": prefill, "decode": decode}, scaler)
+        handles = {"prefill": prefill, "decode": decode}
+        # `serve run` gives the application a name of its own.
+        application = serve.get_replica_context().app_name
+        self._front_end = await start_front_end(settings, handles, scaler, application)
         _running["app"] = self._front_end.asgi
         address = settings.front_end.host, settings.front_end.port
         self._server = HttpServer(self._front_end.asgi, *address, shared=True) if own_server else None

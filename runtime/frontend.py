@@ -120,9 +120,17 @@ def not_a_refusal(record: logging.LogRecord) -> bool:
 
 
 async def start_front_end(
-    config: Config, handles: dict[str, DeploymentHandle], scaler: DeploymentHandle | None = None
+    config: Config,
+    handles: dict[str, DeploymentHandle],
+    scaler: DeploymentHandle | None = None,
+    application: str | None = None,
 ) -> FrontEnd:
-    """Connect to both pools, warm every path through them, and return the app once both can serve."""
+    """Connect to both pools, warm every path through them, and return the app once both can serve.
+
+    Args:
+        scaler: the brain of the pools' sizes, where they have more than one.
+        application: what the Serve application is called, where that is not `config.name`.
+    """
     front_end = uuid.uuid4().hex
     prefill_is_up = handles["prefill"].call.remote(None, "state", [])
     vllm_config = await handles["decode"].describe.remote(None)
@@ -131,7 +139,7 @@ async def start_front_end(
     cluster.fleet = Fleet(front_end, handles, cluster.on_outputs, cluster.on_lost, cluster.ledger.outstanding)
     cluster.seen = ClientView(config.objectives.policy())
     llm = FrontEndLLM.over(cluster, vllm_config)
-    cluster.fleet.follow(config.name)
+    cluster.fleet.follow(application or config.name)
     for name in COMPLAINERS:
         logging.getLogger(name).addFilter(not_a_refusal)
     warmer = Warmer(llm, cluster)

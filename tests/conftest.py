@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,23 @@ class Server:
         return answer
 
 
-@contextmanager
-def baton_serve(config: Path, *, timeout_s: float = 400, env: dict[str, str] | None = None) -> Iterator[Server]:
+def baton_serve(
+    config: Path, *, timeout_s: float = 400, env: dict[str, str] | None = None
+) -> AbstractContextManager[Server]:
     """`baton serve --config CONFIG` until the block ends; then Ctrl-C, and no process of it may be left."""
-    mark, port, started = uuid.uuid4().hex, free_port(), time.monotonic()
-    command = [str(Path(sys.executable).parent / "baton"), "serve", "--config", str(config), "--port", str(port)]
+    port = free_port()
+    command = ["baton", "serve", "--config", str(config), "--port", str(port)]
+    return serving(command, port, "ready: curl", timeout_s=timeout_s, env=env)
+
+
+@contextmanager
+def serving(
+    command: list[str], port: int, ready: str, *, timeout_s: float = 400, env: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """A command of the environment that serves on `port` once it has said `ready`, as `baton_serve`."""
+    mark, started = uuid.uuid4().hex, time.monotonic()
     process = subprocess.Popen(
-        command,
+        [str(Path(sys.executable).parent / command[0]), *command[1:]],
         cwd=ROOT,
         env={**os.environ, **(env or {}), MARK: mark},
         stdout=subprocess.PIPE,
@@ -121,10 +131,10 @@ def baton_serve(config: Path, *, timeout_s: float = 400, env: dict[str, str] | N
     try:
         for line in process.stdout:
             lines.append(line.rstrip())
-            if "ready: curl" in line:
+            if ready in line:
                 break
             assert time.monotonic() - started < timeout_s, "\n".join(lines)
-        assert lines and "ready: curl" in lines[-1], "baton serve did not get ready:\n" + "\n".join(lines)
+        assert lines and ready in lines[-1], f"{command[0]} did not get ready:\n" + "\n".join(lines)
         server = Server(process, f"http://127.0.0.1:{port}", mark, lines, time.monotonic() - started)
         yield server
         server.client.close()
@@ -140,7 +150,7 @@ def stop(process: subprocess.Popen[str], mark: str) -> None:
     try:
         process.wait(60)
         assert wait_for(lambda: not marked(mark), 15), f"processes left behind: {marked(mark)}"
-        assert process.returncode == 0, f"baton serve ended with {process.returncode}"
+        assert process.returncode == 0, f"it ended with {process.returncode}"
     finally:
         for pid in marked(mark):  # after a failure, so that the next suite starts clean
             with suppress(ProcessLookupError):
