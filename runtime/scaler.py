@@ -37,9 +37,9 @@ PUSH_S = 1.0
 class Scaler:
     """The replica: one brain for both pools."""
 
-    def __init__(self, config: dict[str, Any], application: str) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         log_through_serve()
-        self._application = application
+        self._application = serve.get_replica_context().app_name
         self._brain = Brain(Config.model_validate(config).scaling_policy())
         self._status: FleetStatus | None = None
         self._task = asyncio.get_running_loop().create_task(self._decide())
@@ -105,7 +105,7 @@ def scaler(config: Config) -> Application | None:
         ray_actor_options={"num_cpus": 0.05},
         autoscaling_config=_follow(least=1, start=1, most=1),
     )
-    return deployment.bind(config.model_dump(), config.name)
+    return deployment.bind(config.model_dump())
 
 
 def replicas_of(config: Config, role: Role) -> dict[str, Any]:
