@@ -14,6 +14,7 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,20 @@ class Run:
 
     def most(self, pool: str) -> int:
         """Most ready workers that a pool had."""
-        return max(sample[pool]["ready"] for sample in self.samples)
+        return max((sample[pool]["ready"] for sample in self.samples), default=0)
 
     def last(self, pool: str) -> int:
         """Workers that a pool was to have at the end."""
         return int(self.samples[-1][pool]["desired"])
 
 
-async def run(url: str, phases: list[tuple[float, float]], seed: int = 1) -> Run:
-    """Offer each phase's requests a second for its seconds; wait for all answers."""
+def never(_: Run) -> bool:
+    """A phase lasts as long as it was given."""
+    return False
+
+
+async def run(url: str, phases: list[tuple[float, float]], seed: int = 1, enough: Callable[[Run], bool] = never) -> Run:
+    """Offer each phase's requests a second for its seconds, or until there has been enough; wait for all answers."""
     seen, dice, started = Run(), random.Random(seed), time.monotonic()
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
         rate = [0.0]
@@ -68,10 +74,10 @@ async def run(url: str, phases: list[tuple[float, float]], seed: int = 1) -> Run
         for seconds, per_s in phases:
             rate[0] = per_s
             end = time.monotonic() + seconds
-            while (wait_s := dice.expovariate(per_s)) + time.monotonic() < end:
+            while (wait_s := dice.expovariate(per_s)) + time.monotonic() < end and not enough(seen):
                 await asyncio.sleep(wait_s)
                 requests.append(asyncio.create_task(_ask(client, seen, dice.randrange(1000, 20_000))))
-            await asyncio.sleep(max(0.0, end - time.monotonic()))
+            await asyncio.sleep(0.0 if enough(seen) else max(0.0, end - time.monotonic()))
         await asyncio.gather(*requests)
         watch.cancel()
     return seen

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.elastic import SETTINGS, run
+from benchmarks.elastic import SETTINGS, Run, run
 from runtime.metric_reference import VLLM, families
 from tests.conftest import Server, baton_serve, wait_for
 
@@ -23,6 +23,11 @@ ONLY_WITH_A_REASON = {
     "baton_gpu_memory_total_bytes",
 }
 """Families that have no series before something goes wrong, or without a GPU."""
+
+GROWS_WITHIN_S = 300.0
+"""The decision comes within seconds; a worker's start takes minutes on a machine that has much else to do."""
+
+SHRINKS_WITHIN_S = 180.0
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +41,20 @@ def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def test_pools_follow_the_load(elastic: Server) -> None:
     """Ten times the load and back: both pools grow and shrink on their own, and every stream ends as it should."""
-    seen = asyncio.run(run(elastic.url, [(5, 0.4), (75, 4.0), (5, 0.4)]))
+
+    def grown(so_far: Run) -> bool:
+        return min(so_far.most("prefill"), so_far.most("decode")) >= 2
+
+    seen = asyncio.run(run(elastic.url, [(10, 0.2), (GROWS_WITHIN_S, 2.0)], enough=grown))
     assert not seen.failed
-    assert seen.done > 150
-    assert seen.most("prefill") >= 2
-    assert seen.most("decode") >= 2
-    assert all(abs(s["prefill"]["desired"] - s["decode"]["desired"]) <= 3 for s in seen.samples)
+    assert seen.samples[0]["prefill"]["ready"] == seen.samples[0]["decode"]["ready"] == 1
+    assert grown(seen), [(s["at_s"], s["prefill"], s["decode"]) for s in seen.samples[::20]]
 
     def small() -> bool:
         pools = elastic.client.get("/baton/fleet").json()["pools"]
         return all(pool["load"]["ready"] == 1 and pool["answer"]["workers"] == 1 for pool in pools.values())
 
-    assert wait_for(small, 150)
+    assert wait_for(small, SHRINKS_WITHIN_S)
     assert not asyncio.run(run(elastic.url, [(3, 2.0)])).failed
 
 
