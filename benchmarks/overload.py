@@ -30,8 +30,8 @@ import yaml
 from benchmarks.overhead import ROOT, running
 
 MARK = "BATON_BENCHMARK"
-SIMULATOR = {"prefill_tokens_per_s": 1500, "step_base_s": 0.02, "max_batch_requests": 32, "max_step_tokens": 512}
-PROMPT_TOKENS, ANSWER_TOKENS = 400, 20
+SIMULATOR = {"prefill_tokens_per_s": 800, "step_base_s": 0.05, "max_batch_requests": 32, "max_step_tokens": 512}
+PROMPT_TOKENS, ANSWER_TOKENS = 400, 10  # a prompt is 0.5 s of a worker: the machine has little to do
 WIDE: dict[str, Any] = {"max_wait_s": 1e6, "max_waiting_requests": 10**9, "max_waiting_tokens": 10**9}
 
 

@@ -41,8 +41,8 @@ class AdmissionSettings(Settings):
     engine_queue_s: float = Field(
         0.5,
         gt=0,
-        description="A worker with so many predicted seconds of prompts to read gets no more; the rest waits in order "
-        "at the front end.",
+        description="A worker with so many predicted seconds of prompts to read, two prompts at least, gets no more; "
+        "the rest waits in order at the front end.",
     )
     engine_queue_tokens: int = Field(
         8192, ge=1, description="The same in prompt tokens, for a worker that has not told its speed yet."

@@ -20,6 +20,9 @@ CLASSES = ("high", "normal", "low")
 
 NORMAL = CLASSES.index("normal")
 
+KEPT_BUSY = 2
+"""A worker gets so many prompts, however long they take: one to read, and one that is there when it is done."""
+
 PACE_MEMORY_S = 10.0
 """The pace of letting in counts 1/e after so many seconds."""
 
@@ -32,7 +35,7 @@ class AdmissionPolicy:
     """Bounds of the queues, and their order.
 
     Attributes:
-        engine_queue_s: a worker with so many seconds of prompts to read gets no more.
+        engine_queue_s: a worker with so many seconds of prompts to read, and `KEPT_BUSY` of them, gets no more.
         engine_queue_tokens: the same in prompt tokens, for a worker without figures.
         engine_streams: requests on a decode worker that has not told how many fit into a step.
         max_wait_s: who would have to wait longer than this is refused. Nobody is left waiting for twice as long.
@@ -76,8 +79,8 @@ Pools = Literal["", "prefill", "decode"]
 def blocked(plan: Plan, prompt_tokens: int, snapshot: Snapshot, policy: AdmissionPolicy) -> Pools:
     """Which pool has to catch up before `plan` may begin; empty when it may begin now.
 
-    A worker that has nothing to do is never waited for. A plan that goes to a worker with a long queue although another
-    one of its pool has none follows its cache, and routing has weighed that.
+    A worker that may run out of work is never waited for. A plan that goes to a worker with a long queue although
+    another one of its pool has none follows its cache, and routing has weighed that.
     """
     prefill, decode = Pool.of(snapshot.prefill), Pool.of(snapshot.decode)
     writer = decode.find(plan.decode) or prefill.find(plan.decode)
@@ -94,8 +97,8 @@ def blocked(plan: Plan, prompt_tokens: int, snapshot: Snapshot, policy: Admissio
 
 def _is_behind(worker: WorkerView, policy: AdmissionPolicy) -> bool:
     if worker.prefill is None:
-        return worker.waiting_tokens >= policy.engine_queue_tokens
-    return worker.waiting_tokens > 0 and worker.backlog_s >= policy.engine_queue_s
+        return worker.requests >= KEPT_BUSY and worker.waiting_tokens >= policy.engine_queue_tokens
+    return worker.queued_requests >= KEPT_BUSY and worker.backlog_s >= policy.engine_queue_s
 
 
 def _is_full(worker: WorkerView, prompt_tokens: int, policy: AdmissionPolicy) -> bool:

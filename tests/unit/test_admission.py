@@ -38,13 +38,16 @@ def unmeasured(name: str, requests: int = 0, tokens: int = 0) -> WorkerView:
 
 PAIR, WHOLE, BORROWED = Disaggregated("p1", "d1"), Local("d1", "r"), Local("p1", "r")
 IDLE = (worker("p1"),), (worker("d1"),)
-BEHIND, NOT_QUITE = {"queued_tokens": 500}, {"queued_tokens": 499}
+BEHIND, NOT_QUITE = {"queued_tokens": 500, "queued_requests": 2}, {"queued_tokens": 499, "queued_requests": 9}
+
+ONE_LONG = {"queued_tokens": 90_000, "queued_requests": 1}
 
 BLOCKED: list[tuple[str, Plan, tuple[tuple[WorkerView, ...], tuple[WorkerView, ...]], str]] = [
     ("nothing to do", PAIR, IDLE, ""),
     ("less to read than an engine gets", PAIR, ((worker("p1", **NOT_QUITE),), IDLE[1]), ""),
     ("as much as an engine gets", PAIR, ((worker("p1", **BEHIND),), IDLE[1]), "prefill"),
     ("the plan follows its cache past an idle worker", PAIR, ((worker("p1", **BEHIND), worker("p2")), IDLE[1]), ""),
+    ("one prompt, however long: the next one is to be there", PAIR, ((worker("p1", **ONE_LONG),), IDLE[1]), ""),
     ("all of the pool are behind", PAIR, ((worker("p1", **BEHIND), worker("p2", **BEHIND)), IDLE[1]), "prefill"),
     ("a whole request does not need prefill", WHOLE, ((worker("p1", **BEHIND),), IDLE[1]), ""),
     ("a decode worker with prompts to read", WHOLE, (IDLE[0], (worker("d1", **BEHIND),)), "prefill"),
@@ -55,8 +58,8 @@ BLOCKED: list[tuple[str, Plan, tuple[tuple[WorkerView, ...], tuple[WorkerView, .
     ("no blocks, and nobody who will give any", PAIR, (IDLE[0], (worker("d1", free_blocks=5),)), ""),
     ("no blocks to read into", PAIR, ((worker("p1", free_blocks=5, requests=1),), IDLE[1]), "prefill"),
     ("a borrowed worker without a place", BORROWED, ((worker("p1", streams=8),), ()), "decode"),
-    ("without figures: tokens", PAIR, ((unmeasured("p1", 1, 8191),), IDLE[1]), ""),
-    ("without figures: too many tokens", PAIR, ((unmeasured("p1", 1, 8192),), IDLE[1]), "prefill"),
+    ("without figures: tokens", PAIR, ((unmeasured("p1", 2, 8191),), IDLE[1]), ""),
+    ("without figures: too many tokens", PAIR, ((unmeasured("p1", 2, 8192),), IDLE[1]), "prefill"),
     ("without figures: requests", PAIR, (IDLE[0], (unmeasured("d1", 255),)), ""),
     ("without figures: too many requests", PAIR, (IDLE[0], (unmeasured("d1", 256),)), "decode"),
     ("a worker that is gone meanwhile", Disaggregated("p9", "d9"), IDLE, ""),
