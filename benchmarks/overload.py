@@ -129,7 +129,8 @@ async def capacity(client: Client, seconds: float, streams: int) -> float:
     async def one() -> None:
         nonlocal ended
         while time.perf_counter() < stop:
-            ended += (await client.ask(0.0)).whole and time.perf_counter() < stop
+            outcome = await client.ask(0.0)
+            ended += outcome.whole and time.perf_counter() < stop
 
     await asyncio.gather(*(one() for _ in range(streams)))
     return ended / seconds

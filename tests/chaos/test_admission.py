@@ -4,8 +4,10 @@ for nobody, and no request lost when workers die meanwhile."""
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from vllm.sampling_params import SamplingParams
 from runtime import fleet as fleet_module
 from runtime.policy.admission import AdmissionPolicy
 from runtime.visit import Visit, current_visit
-from tests.chaos.fabric import Fabric, FrontEnd, answer
+from tests.chaos.fabric import Fabric, FrontEnd, answer, bare_model
 from tests.chaos.test_in_process import nothing_left
 
 PLACES = 4
@@ -30,7 +32,7 @@ async def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     made: list[Any] = []
 
     async def build(workers: int = 1, seed: int = 0, **policy: Any) -> tuple[Fabric, FrontEnd]:
-        fabric = Fabric(tmp_path, seed, workers)
+        fabric = Fabric(bare_model(tmp_path), seed, workers)
         await fabric.start()
         fabric.spawn_health()
         admission = AdmissionPolicy(**{"engine_streams": PLACES, "engine_queue_tokens": 2000, **policy})
@@ -141,4 +143,62 @@ async def test_deaths_during_overload(make: Callable[..., Any], seed: int) -> No
     assert len(answered) >= 60
     assert {result for result in results if isinstance(result, str)} <= {"overloaded"}
     assert len(answered) + sum(isinstance(result, str) for result in results) == 100
+    await nothing_left(fabric, front_end)
+
+
+@dataclass
+class Sent:
+    """A request of an open load: when it was sent, its first token, and why there was none."""
+
+    at: float
+    first_s: float = float("inf")
+    reason: str = ""
+
+
+async def send(front_end: FrontEnd, number: int, sent: Sent) -> Sent:
+    """Send one request and note what became of it."""
+    visit = Visit()
+    current_visit.set(visit)
+    params = SamplingParams(max_tokens=3, temperature=0.0)
+    started = time.monotonic()
+    try:
+        async for _ in front_end.stream(str(number), prompt_of(number, 400), params):
+            sent.first_s = min(sent.first_s, time.monotonic() - started)
+    except RuntimeError:
+        assert visit.refusal is not None
+        sent.first_s, sent.reason = float("inf"), visit.refusal.reason
+        assert visit.refusal.retry_after_s is not None
+    return sent
+
+
+async def load(front_end: FrontEnd, rate: float, seconds: float) -> list[asyncio.Task[Sent]]:
+    """Requests at random times, whether earlier ones are answered or not."""
+    chance, started, at, tasks = random.Random(5), time.monotonic(), 0.0, []
+    while (at := at + chance.expovariate(rate)) < seconds:
+        await asyncio.sleep(max(0.0, started + at - time.monotonic()))
+        number = chance.randrange(10**6)
+        tasks.append(asyncio.ensure_future(send(front_end, number, Sent(at))))
+    await asyncio.sleep(max(0.0, started + seconds - time.monotonic()))
+    return tasks
+
+
+async def test_overload(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five times more than the workers can do: as much is answered in time as ever, the rest is told so with a reason,
+    nothing is left over, and a second later all is as before."""
+    monkeypatch.setattr(Fabric, "SIMULATOR", {**SLOW, "prefill_tokens_per_s": 2000, "max_batch_requests": 64})
+    fabric, front_end = await make(engine_streams=64, engine_queue_tokens=800, max_wait_s=0.8)
+    capacity, limit_s, seconds = 5.0, 2.0, 8.0  # a prompt takes 0.2 s
+    usual = await asyncio.gather(*await load(front_end, capacity, seconds))
+    rushed = await load(front_end, 5 * capacity, seconds)
+    await asyncio.sleep(1.0)
+    after = await asyncio.gather(*await load(front_end, 0.3 * capacity, seconds))
+    good = [sum(sent.first_s <= limit_s for sent in some) for some in (usual, await asyncio.gather(*rushed))]
+    assert good[1] >= 0.9 * good[0]
+    refused = [task.result() for task in rushed if task.result().reason]
+    assert len(refused) > len(rushed) / 2
+    assert {sent.reason for sent in refused} == {"overloaded"}
+    assert max(task.result().first_s for task in rushed if not task.result().reason) <= limit_s
+    assert not [sent for sent in after if sent.first_s > limit_s]
+    assert not front_end.cluster._live
+    assert not front_end.cluster._legs
     await nothing_left(fabric, front_end)

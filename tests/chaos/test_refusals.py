@@ -52,17 +52,15 @@ class House:
 
 
 @pytest.fixture
-async def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+async def house(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
     """The app, with a queue of several seconds; all that waits is answered at the end."""
     try:
         model = model_dir("demo")
     except (ConfigError, OSError) as problem:
         pytest.skip(f"needs the demo model: {problem}")
     monkeypatch.setattr(Fabric, "SIMULATOR", SLOW)
-    fabric = Fabric(tmp_path, 0, 1, hang_s=60)
+    fabric = Fabric(Path(model), 0, 1, hang_s=60)
     config = parse({**SETTINGS, "name": fabric.application})
-    for role in ROLES:
-        fabric._settings[role] = fabric._settings[role].model_copy(update={"model": model})
     await fabric.start()
     handles: Any = {role: Handle(fabric, role) for role in ROLES}
     front_end = await start_front_end(config, handles)

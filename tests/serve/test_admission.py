@@ -107,7 +107,7 @@ def test_priority(server: Server) -> None:
         assert post(server, **more).status_code == 200
         done.append(name)
 
-    with queue(server, 12), ThreadPoolExecutor(12) as threads:
+    with queue(server, 24), ThreadPoolExecutor(12) as threads:
         for _ in range(4):
             threads.submit(note, "low", x_baton_priority="low")
         time.sleep(0.3)
@@ -134,7 +134,7 @@ def test_a_deadline_drops_what_is_not_begun(server: Server, pools: Pools) -> Non
 
 def test_a_client_that_leaves_the_queue(server: Server) -> None:
     """It waits no more, and nobody computes for it."""
-    with queue(server, 12):
+    with queue(server, 24):
         before = waiting(server)
         with pytest.raises(httpx.ReadTimeout):
             server.client.post(
