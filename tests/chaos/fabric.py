@@ -197,7 +197,15 @@ class Fabric:
         "num_blocks": 4096,
     }
 
-    def __init__(self, model: Path, seed: int, workers: int, hang_s: float = 1.0, application: str = "") -> None:
+    def __init__(
+        self,
+        model: Path,
+        seed: int,
+        workers: int,
+        hang_s: float = 1.0,
+        application: str = "",
+        window_tokens: int = 8192,
+    ) -> None:
         self.random = random.Random(seed)
         self.application = application or uuid.uuid4().hex
         self.pools: dict[str, list[Worker]] = {role: [] for role in ROLES}
@@ -211,7 +219,7 @@ class Fabric:
                 role=role,  # type: ignore[arg-type]
                 kind="simulated",
                 model=str(model),
-                args={"max_model_len": 8192},
+                args={"max_model_len": window_tokens},
                 hang_s=hang_s,
                 transport=TransportSettings(host="127.0.0.1", lease_s=600),  # type: ignore[call-arg]
                 simulator=SimulatorSettings(**self.SIMULATOR),

@@ -19,7 +19,10 @@ from tests.conftest import MODEL, ROOT
 
 T = TypeVar("T")
 
-PATIENCE_S = 2.0
+WINDOW_TOKENS = 512
+"""Short, so that an answer without a limit is over soon."""
+
+PATIENCE_S = 10.0
 """A request that is not over by then is left by its client."""
 
 LEAVING_S = 10.0
@@ -82,7 +85,7 @@ class Gateway:
         from runtime.frontend import start_front_end
 
         model = Path(config.engine_settings("decode").model)
-        self.fabric = Fabric(model, 1, 2, hang_s=60, application=config.name)
+        self.fabric = Fabric(model, 1, 2, hang_s=60, application=config.name, window_tokens=WINDOW_TOKENS)
         await self.fabric.start()
         self.front_end = await start_front_end(config, {role: Handle(self.fabric, role) for role in ROLES})  # type: ignore[misc]
 
