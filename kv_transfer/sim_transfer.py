@@ -11,6 +11,9 @@ from typing import Any
 LINE_LIMIT = 64 * 1024
 ANSWER_TIMEOUT_S = 5.0
 
+RELEASE_TIMEOUT_S = 120.0
+"""Nobody waits for a release, and a prefill engine that stands still for a while has to hear of it afterwards."""
+
 Settle = Callable[[str], int | None]
 """Frees the blocks of a finished prefill by its request id; tokens handed over, or None when there are none."""
 
@@ -35,7 +38,7 @@ class TransferServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, ValueError, asyncio.TimeoutError):
-            line = await asyncio.wait_for(reader.readline(), ANSWER_TIMEOUT_S)
+            line = await asyncio.wait_for(reader.readline(), RELEASE_TIMEOUT_S)
             writer.write(json.dumps(self._answer(json.loads(line))).encode() + b"\n")
             await writer.drain()
         writer.close()
@@ -47,11 +50,11 @@ class TransferServer:
         return {"ok": False, "error": "no such blocks"} if tokens is None else {"ok": True, "num_tokens": tokens}
 
 
-async def settle_remote(params: dict[str, Any]) -> bool:
+async def settle_remote(params: dict[str, Any], timeout_s: float = ANSWER_TIMEOUT_S) -> bool:
     """Tell the prefill engine that its blocks were pulled, or that nobody will; False when it has none to give."""
     try:
         asked = {"engine_id": params["remote_engine_id"], "request_id": params["remote_request_id"]}
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(
                 params["remote_host"], params["remote_port"], limit=LINE_LIMIT
             )

@@ -20,7 +20,7 @@ from kv_transfer.engine import EngineDied, EngineError, EngineFacts
 from kv_transfer.handoff import KV_PARAMS
 from kv_transfer.settings import EngineSettings
 from kv_transfer.sim_cache import BlockCache, BlockKey, block_keys
-from kv_transfer.sim_transfer import TransferServer, settle_remote
+from kv_transfer.sim_transfer import RELEASE_TIMEOUT_S, TransferServer, settle_remote
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
@@ -114,7 +114,7 @@ class SimulatedEngine:
         sampling = request.sampling_params
         params = dict((sampling.extra_args or {}).get(KV_PARAMS) or {}) if sampling else {}
         if request.abort_immediately:
-            self._spawn(settle_remote(params))
+            self._spawn(settle_remote(params, RELEASE_TIMEOUT_S))
             return
         prompt = request.prompt_token_ids or []
         salt = (request.cache_salt, request.lora_request.lora_name if request.lora_request else None)
@@ -130,7 +130,7 @@ class SimulatedEngine:
                 unpulled = entry.params.get("do_remote_prefill") and entry not in self._running
                 self._drop(entry)
                 if unpulled:
-                    self._spawn(settle_remote(entry.params))
+                    self._spawn(settle_remote(entry.params, RELEASE_TIMEOUT_S))
 
     async def outputs(self) -> EngineCoreOutputs:
         """See `Engine.outputs`."""

@@ -226,7 +226,8 @@ class Cluster(EngineCoreClient):
         if link is None:
             raise WorkerLost(leg.engine_id, "it left before the leg was sent")
         self._legs[leg.id] = leg
-        link.send(request)
+        handoff = leg.live.handoff if leg.decodes else None
+        link.send(request, lambda: self._never_arrived(leg, handoff))
         try:
             return await leg.done
         except asyncio.CancelledError:
@@ -299,13 +300,24 @@ class Cluster(EngineCoreClient):
         """Have a decode engine tell the prefill engine that nobody will pull these blocks."""
         links = self.fleet.links("decode")
         if links:
-            links[0].send(release_leg(handoff, f"{handoff.leg_id}-release"))
+            links[0].send(release_leg(handoff, f"{handoff.leg_id}-release"), lambda: self._release_again(handoff))
         return bool(links)
 
     def waiting(self) -> tuple[int, int]:
         """Requests that no worker has yet, and their prompt tokens."""
         lengths = [len(live.request.prompt_token_ids or ()) for live in self._live.values() if not live.legs]
         return len(lengths), sum(lengths)
+
+    def _never_arrived(self, leg: Leg, handoff: Handoff | None) -> None:
+        """A leg was lost on the way. If it was cancelled meanwhile, nobody settles what it was to pull."""
+        if handoff is not None and leg.done.cancelled():
+            self._release_again(handoff)
+
+    def _release_again(self, handoff: Handoff) -> None:
+        """Release what was taken for settled; the blocks of an engine that is gone are gone with it."""
+        if self.fleet.link(handoff.engine_id) is not None:
+            self.ledger.open(handoff)
+            self.ledger.release(handoff, "lost")
 
     def on_lost(self, engine_id: str, why: str) -> None:
         """Plan every request of a lost worker again."""

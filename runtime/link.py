@@ -7,6 +7,7 @@ import contextvars
 import logging
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kv_transfer.engine import EngineFacts
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("baton.link")
 
 HEARTBEAT_S = FRONT_END_SILENCE_S / 4
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """A command, and what to do when it is not known to have reached the worker."""
+
+    command: Command
+    on_dropped: Callable[[], object] | None
 
 
 class Link:
@@ -44,17 +53,23 @@ class Link:
         self._name = f"{front_end}-{uuid.uuid4().hex[:8]}"
         self._on_outputs = on_outputs
         self._on_lost = on_lost
-        self._commands: asyncio.Queue[Command] = asyncio.Queue()
+        self._commands: asyncio.Queue[_Queued] = asyncio.Queue()
+        self._under_way: list[_Queued] = []
         self._settled: list[str] = []
         # Handle calls from one Serve request share an id and can be mistaken for each other: belong to none.
         empty = contextvars.Context()
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._read(), context=empty), loop.create_task(self._write(), context=empty)]
 
-    def send(self, command: Command) -> None:
-        """Queue a leg, or the ids of legs to abort; never blocks. Does nothing once the link is lost."""
+    def send(self, command: Command, on_dropped: Callable[[], object] | None = None) -> None:
+        """Queue a leg, or the ids of legs to abort; never blocks.
+
+        `on_dropped` is called once when the link is lost before the worker is known to have the command.
+        """
         if self.lost is None:
-            self._commands.put_nowait(command)
+            self._commands.put_nowait(_Queued(command, on_dropped))
+        elif on_dropped is not None:
+            on_dropped()
 
     def settled(self, leg_id: str) -> None:
         """Tell the worker, with whatever is sent next, that a leg's handoff was pulled or released."""
@@ -86,17 +101,19 @@ class Link:
         await self.up.wait()
         try:
             while True:
-                commands = await self._next_commands()
+                self._under_way = await self._next_commands()
                 while not self._commands.empty():
-                    commands.append(self._commands.get_nowait())
+                    self._under_way.append(self._commands.get_nowait())
+                commands = [queued.command for queued in self._under_way]
                 settled, self._settled = self._settled, []
                 await self._handle.exchange.remote(self.facts.engine_id, self._name, commands, settled)
+                self._under_way = []
         except asyncio.CancelledError:
             raise
         except Exception as error:  # as above
             self._lose(f"it took no commands: {type(error).__name__}: {error}")
 
-    async def _next_commands(self) -> list[Command]:
+    async def _next_commands(self) -> list[_Queued]:
         """The next command; none after a while, which tells the worker that this front end is alive."""
         try:
             return [await asyncio.wait_for(self._commands.get(), HEARTBEAT_S)]
@@ -113,3 +130,9 @@ class Link:
             if task is not current:
                 task.cancel()
         self._on_lost(self, why)
+        dropped = self._under_way
+        while not self._commands.empty():
+            dropped.append(self._commands.get_nowait())
+        for queued in dropped:
+            if queued.on_dropped is not None:
+                queued.on_dropped()

@@ -95,6 +95,8 @@ class Call:
         if args and self._handle.fabric.is_silent(str(args[0])):
             raise Died("the caller is dead")
         worker = await self._handle.reach(engine_id)
+        if self._method == "exchange" and self._handle.deployment_name == self._handle.fabric.swallows:
+            await asyncio.Event().wait()
         work = asyncio.ensure_future(getattr(worker, self._method)(engine_id, *args))
         death = asyncio.ensure_future(worker.killed.wait())
         await asyncio.wait({work, death}, return_when=asyncio.FIRST_COMPLETED)
@@ -212,6 +214,7 @@ class Fabric:
         self.kills = 0
         self.silent: set[str] = set()
         self.loss_rate = 0.0
+        self.swallows: str | None = None  # role whose workers get no commands
         self.longest_delay_s = 0.002
         self._workers = workers
         self._settings = {

@@ -146,6 +146,22 @@ async def test_a_worker_whose_pulls_fail_is_set_aside(make: Callable[..., Any]) 
     await nothing_left(fabric, front_end)
 
 
+async def test_what_a_broken_link_swallowed_is_released(make: Callable[..., Any]) -> None:
+    """A client leaves while its decode leg is on the way, and the leg never arrives: the blocks are free soon."""
+    fabric, front_end = await make()
+    fabric.swallows = "decode"
+    leaver = asyncio.ensure_future(read(front_end, "r", list(range(500)), 5))
+    while not front_end.cluster.ledger.outstanding():
+        await asyncio.sleep(0.01)
+    leaver.cancel()
+    await asyncio.wait({leaver})
+    assert fabric.blocks_held() > 0
+    for link in front_end.cluster.fleet.links("decode"):
+        link.close("it broke")
+    fabric.swallows = None
+    await nothing_left(fabric, front_end)
+
+
 @pytest.mark.parametrize("after_s", [0.0, 0.002, 0.01, 0.05, 0.2])
 async def test_a_front_end_dies(make: Callable[..., Any], after_s: float) -> None:
     """Its requests' blocks are free within seconds on all workers, and another front end notices nothing."""

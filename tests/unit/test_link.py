@@ -1,0 +1,71 @@
+"""A command that may not have reached its worker is handed back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+from kv_transfer.engine import EngineFacts
+from runtime.link import Link
+
+FACTS = EngineFacts("e", "decode", "m", "auto", "auto", 16, 1, 8192, 100, "127.0.0.1", 1)
+
+
+class Stream:
+    """An output stream that stays open."""
+
+    async def __aiter__(self) -> AsyncIterator[list[Any]]:
+        """A hello, and then nothing."""
+        yield []
+        await asyncio.Event().wait()
+
+    def cancel(self) -> None:
+        """Ray's way to give up a stream."""
+
+
+class Handle:
+    """A worker that takes commands until it gets stuck."""
+
+    def __init__(self) -> None:
+        self.taken: list[Any] = []
+        self.stuck = asyncio.Event()
+        self.sticks = False
+        self.outputs = SimpleNamespace(remote=lambda *args: Stream())
+        self.exchange = SimpleNamespace(remote=self._exchange)
+
+    def options(self, *, stream: bool) -> Handle:
+        """As Ray Serve's."""
+        return self
+
+    async def _exchange(self, *args: Any) -> None:
+        if self.sticks:
+            self.stuck.set()
+            await asyncio.Event().wait()
+        self.taken += args[-2]
+
+
+async def until(condition: Any) -> None:
+    """Wait for something that happens soon."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_dropped_commands_are_handed_back_once() -> None:
+    """Those under way, those that wait, and those that come too late; not those that were taken."""
+    handle, dropped = Handle(), []
+    link = Link(handle, FACTS, "f", lambda batch: None, lambda link, why: None)  # type: ignore[arg-type]
+    link.send(["taken"], lambda: dropped.append("taken"))
+    await until(lambda: handle.taken)
+    handle.sticks = True
+    link.send(["under way"], lambda: dropped.append("under way"))
+    await handle.stuck.wait()
+    link.send(["waits"], lambda: dropped.append("waits"))
+    link.send(["nobody minds"])
+    link.close()
+    link.send(["late"], lambda: dropped.append("late"))
+    link.close()
+    assert handle.taken == [["taken"]]
+    assert dropped == ["under way", "waits", "late"]
