@@ -118,7 +118,10 @@ class EngineWorker:
         self._spawn(self._describe(metrics))
 
     async def _describe(self, metrics: WorkerMetrics) -> None:
-        metrics.describe_engine(await asyncio.to_thread(self.engine.vllm_config))
+        try:
+            metrics.describe_engine(await asyncio.to_thread(self.engine.vllm_config))
+        except Exception as error:  # a metric is not worth a worker
+            logger.warning("vLLM's metrics of the engine are not exported: %r", error)
 
     async def exchange(self, engine_id: str, front_end: str, commands: list[Command], settled: list[str]) -> None:
         """Take legs to run and legs to abort, in the order given, and the ids of legs whose handoffs are settled."""

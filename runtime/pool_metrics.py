@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from runtime.fleet import State
+from runtime.metrics import REFUSALS
 from runtime.policy.scaling_records import REASONS
 from runtime.reports import FleetStatus, WorkerReport, report
 
@@ -103,7 +104,7 @@ def fleet_snapshot(cluster: Cluster, reporter: Reporter) -> dict[str, Any]:
     """The fleet as JSON: what `baton top` shows, and what a script may read.
 
     Keys: `front_end`; `pools` by name with `load`, `answer` and `scaled`; `workers`, one each; `waiting` requests;
-    `latency` of clients lately; `recent`, the last deaths and the like.
+    `latency` of clients lately; `recent`, the last deaths and the like; `refusals` so far by reason.
     """
     mine = report(reporter.front_end, cluster)
     status = reporter.status
@@ -126,6 +127,7 @@ def fleet_snapshot(cluster: Cluster, reporter: Reporter) -> dict[str, Any]:
         },
         "totals": asdict(mine.totals),
         "recent": list(cluster.fleet.events),
+        "refusals": {s.labels["reason"]: s.value for f in REFUSALS.collect() for s in f.samples if "_total" in s.name},
     }
 
 

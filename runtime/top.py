@@ -76,6 +76,7 @@ def render(snapshot: Snapshot) -> Group:
     latency, waiting = snapshot["latency"], snapshot["waiting"]
     head = Text(
         f"{waiting['requests']} requests wait here ({waiting['tokens']} tokens)   "
+        f"refused: {_refused(snapshot['refusals'])}   "
         f"lately: first token {_seconds(latency['ttft_s'])}, between tokens {_seconds(latency['itl_s'])}"
     )
     return Group(head, _pools(snapshot), _workers(snapshot), _recent(snapshot))
@@ -144,6 +145,10 @@ def _recent(snapshot: Snapshot) -> Table:
         when = time.strftime("%H:%M:%S", time.localtime(event["at"]))
         table.add_row(when, event["pool"], event["engine_id"][:12], Text(event["what"], style=style))
     return table
+
+
+def _refused(refusals: dict[str, float]) -> str:
+    return ", ".join(f"{reason} {count:.0f}" for reason, count in sorted(refusals.items()) if count) or "none"
 
 
 def _held(worker: dict[str, Any]) -> str:

@@ -187,12 +187,22 @@ def test_top_shows_the_fleet() -> None:
         "workers": [_worker_record(PREFILL), _worker_record(DECODE)],
         "waiting": {"requests": 4, "tokens": 99},
         "latency": {"ttft_s": 0.25, "itl_s": None},
+        "refusals": {"overloaded": 3.0},
         "recent": [{"at": 0.0, "pool": "decode", "engine_id": "d0", "what": "lost: its output stream broke"}],
     }
     console = Console(file=io.StringIO(), width=200)
     console.print(render(json.loads(json.dumps(snapshot))))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    for words in ("4 requests wait", "first token 250 ms", "200 ms", "lost: its output", "p1", "20%", "steady"):
+    for words in (
+        "4 requests wait",
+        "overloaded 3",
+        "first token 250 ms",
+        "200 ms",
+        "lost: its output",
+        "p1",
+        "20%",
+        "steady",
+    ):
         assert words in shown
 
 
