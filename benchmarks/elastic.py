@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import yaml
@@ -64,20 +64,28 @@ def never(_: Run) -> bool:
     return False
 
 
-async def run(url: str, phases: list[tuple[float, float]], seed: int = 1, enough: Callable[[Run], bool] = never) -> Run:
-    """Offer each phase's requests a second for its seconds, or until there has been enough; wait for all answers."""
+class Phase(NamedTuple):
+    """So many requests a second for so long, or until something is seen."""
+
+    seconds: float
+    per_s: float
+    until: Callable[[Run], bool] = never
+
+
+async def run(url: str, phases: list[Phase], seed: int = 1) -> Run:
+    """Offer the load of each phase; wait for all answers."""
     seen, dice, started = Run(), random.Random(seed), time.monotonic()
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
         rate = [0.0]
         watch = asyncio.create_task(_watch(client, seen, started, rate))
         requests = []
-        for seconds, per_s in phases:
+        for seconds, per_s, until in phases:
             rate[0] = per_s
             end = time.monotonic() + seconds
-            while (wait_s := dice.expovariate(per_s)) + time.monotonic() < end and not enough(seen):
+            while (wait_s := dice.expovariate(per_s)) + time.monotonic() < end and not until(seen):
                 await asyncio.sleep(wait_s)
                 requests.append(asyncio.create_task(_ask(client, seen, dice.randrange(1000, 20_000))))
-            await asyncio.sleep(0.0 if enough(seen) else max(0.0, end - time.monotonic()))
+            await asyncio.sleep(0.0 if until(seen) else max(0.0, end - time.monotonic()))
         await asyncio.gather(*requests)
         watch.cancel()
     return seen
@@ -163,7 +171,7 @@ def main() -> None:
         settings.write_text(yaml.safe_dump(SETTINGS))
         with baton_serve(settings) as server:
             rates = (arguments.low, 10 * arguments.low, arguments.low)
-            seen = asyncio.run(run(server.url, list(zip(arguments.seconds, rates, strict=True))))
+            seen = asyncio.run(run(server.url, [Phase(*both) for both in zip(arguments.seconds, rates, strict=True)]))
     plot(seen, arguments.out)
     arguments.out.with_suffix(".json").write_text(json.dumps(seen.samples))
     ttft = sorted(seen.ttft_s)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.elastic import SETTINGS, Run, run
+from benchmarks.elastic import SETTINGS, Phase, Run, run
 from runtime.metric_reference import VLLM, families
 from tests.conftest import Server, baton_serve, wait_for
 
@@ -45,22 +45,21 @@ def test_pools_follow_the_load(elastic: Server) -> None:
     def grown(so_far: Run) -> bool:
         return min(so_far.most("prefill"), so_far.most("decode")) >= 2
 
-    seen = asyncio.run(run(elastic.url, [(10, 0.2), (GROWS_WITHIN_S, 2.0)], enough=grown))
+    def small(so_far: Run) -> bool:
+        last = so_far.samples[-1]
+        return all(last[pool]["ready"] == last[pool]["desired"] == 1 for pool in ("prefill", "decode"))
+
+    step = [Phase(10, 0.2), Phase(GROWS_WITHIN_S, 2.0, grown), Phase(SHRINKS_WITHIN_S, 0.2, small)]
+    seen = asyncio.run(run(elastic.url, step))
     assert not seen.failed
     assert seen.samples[0]["prefill"]["ready"] == seen.samples[0]["decode"]["ready"] == 1
     assert grown(seen), [(s["at_s"], s["prefill"], s["decode"]) for s in seen.samples[::20]]
-
-    def small() -> bool:
-        pools = elastic.client.get("/baton/fleet").json()["pools"]
-        return all(pool["load"]["ready"] == 1 and pool["answer"]["workers"] == 1 for pool in pools.values())
-
-    assert wait_for(small, SHRINKS_WITHIN_S)
-    assert not asyncio.run(run(elastic.url, [(3, 2.0)])).failed
+    assert small(seen), [(s["at_s"], s["prefill"], s["decode"]) for s in seen.samples[::20]]
 
 
 def test_every_documented_metric_is_scraped(elastic: Server) -> None:
     """One scrape of the front end has all families with data, and the desired replicas are what the fleet says."""
-    asyncio.run(run(elastic.url, [(3, 2.0)]))
+    asyncio.run(run(elastic.url, [Phase(3, 2.0)]))
     pattern = re.compile(r"vllm:num_requests_running\{worker=")
     assert wait_for(lambda: bool(pattern.search(elastic.client.get("/metrics").text)), 60)
     text = elastic.client.get("/metrics").text
