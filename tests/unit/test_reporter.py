@@ -1,0 +1,115 @@
+"""A front end's report goes to the scaler, and the scrape of one front end has those of its siblings."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from runtime.client_view import ClientView
+from runtime.fleet_metrics import FleetMetrics
+from runtime.metrics import WORKERS_LOST
+from runtime.policy.demand import PoolLoad
+from runtime.policy.scaling_records import Answer, FleetLoad, PoolAnswer
+from runtime.policy.types import Snapshot
+from runtime.reporter import Reporter
+from runtime.reports import FleetStatus, FrontEndReport
+
+
+def cluster() -> Any:
+    """A cluster without workers in which three requests wait."""
+    fleet = SimpleNamespace(snapshot=lambda: Snapshot((), ()), workers={})
+    ledger = SimpleNamespace(pinned_blocks=Counter)
+    return SimpleNamespace(fleet=fleet, ledger=ledger, seen=ClientView(), waiting=lambda: (3, 900))
+
+
+def status(workers: int) -> FleetStatus:
+    """The scaler wants so many workers in each pool."""
+    answer = PoolAnswer(workers, "idle", "")
+    return FleetStatus(FleetLoad(0.0, PoolLoad(), PoolLoad()), Answer(answer, answer), scaled=True)
+
+
+class Handle:
+    """The scaler's deployment."""
+
+    def __init__(self, answer: FleetStatus | None) -> None:
+        self.answer = answer
+        self.came: list[FrontEndReport] = []
+        self.report = SimpleNamespace(remote=self._report)
+
+    async def _report(self, report: FrontEndReport) -> FleetStatus | None:
+        self.came.append(report)
+        if self.answer is None:
+            raise ConnectionError("it is being replaced")
+        return self.answer
+
+
+@pytest.mark.parametrize(("workers", "sleeps"), [(0, True), (1, False)])
+async def test_pools_that_sleep_on_purpose_are_healthy(workers: int, sleeps: bool) -> None:
+    """No workers because the scaler wants none: a request has to get through to wake them."""
+    handle = Handle(status(workers))
+    reporter = Reporter("a", cluster(), handle)  # type: ignore[arg-type]
+    reporter.start()
+    while reporter.status is None:
+        await asyncio.sleep(0)
+    reporter.stop()
+    assert handle.came[0].waiting == 3
+    assert reporter.sleeps(60) is sleeps
+    assert not reporter.sleeps(0)
+
+
+async def test_without_the_scaler_the_last_answer_stays(caplog: pytest.LogCaptureFixture) -> None:
+    """Serving goes on; what is known is kept."""
+    reporter = Reporter("a", cluster(), Handle(None))  # type: ignore[arg-type]
+    reporter.status = status(2)
+    reporter.start()
+    while "does not answer" not in caplog.text:
+        await asyncio.sleep(0)
+    reporter.stop()
+    assert reporter.status == status(2)
+
+
+async def test_alone_a_front_end_tells_what_there_is() -> None:
+    """Without a scaler the answer is the present number, and says that nobody scales."""
+    reporter = Reporter("a", cluster(), None)
+    reporter.start()
+    while reporter.status is None:
+        await asyncio.sleep(0)
+    reporter.stop()
+    assert reporter.status.answer.prefill.workers == 0
+    assert not reporter.status.scaled
+    assert reporter.status.load.waiting == 3
+
+
+async def test_a_scrape_has_all_front_ends_and_workers() -> None:
+    """Whoever does not answer is left out; each line tells where it is from."""
+    texts = {1: "# HELP x x\n# TYPE x gauge\nx 1\n", 2: "# HELP x x\n# TYPE x gauge\nx 2\n"}
+
+    async def fetch(host: str, port: int) -> str:
+        if port not in texts:
+            raise ConnectionRefusedError
+        return texts[port]
+
+    workers = [
+        SimpleNamespace(engine_id="w1", role="decode", kv_host="h", metrics_port=2),
+        SimpleNamespace(engine_id="w2", role="decode", kv_host="h", metrics_port=9),
+        SimpleNamespace(engine_id="w3", role="decode", kv_host="h", metrics_port=0),
+    ]
+    siblings = [("me", "h", 5), ("other", "h", 1)]
+    app = FleetMetrics(lambda: workers, lambda: siblings, "me", fetch)  # type: ignore[arg-type,return-value]
+    WORKERS_LOST.labels(pool="decode")
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app({}, None, send)  # type: ignore[arg-type]
+    text = sent[1]["body"].decode()
+    assert 'x{front_end="other"} 1' in text
+    assert 'x{worker="w1",pool="decode"} 2' in text
+    assert 'baton_workers_lost_total{front_end="me",pool="decode"}' in text
+    assert "w2" not in text
+    assert "w3" not in text
