@@ -37,10 +37,13 @@ def build(args: dict[str, str]) -> Application:
     Raises:
         ConfigError: when the settings are wrong.
     """
-    unknown = set(args) - {"config"}
-    if unknown or "config" not in args:
+    return application(load(_config_file(args)))
+
+
+def _config_file(args: dict[str, str]) -> str:
+    if set(args) != {"config"}:
         raise ConfigError("give exactly one argument: config=FILE")
-    return application(load(args["config"]))
+    return args["config"]
 
 
 def application(config: Config, *, own_server: bool = False) -> Application:
@@ -59,6 +62,22 @@ def application(config: Config, *, own_server: bool = False) -> Application:
         graceful_shutdown_timeout_s=DRAIN_S + 5,
     )
     return front_end.bind(config.model_dump(), own_server=own_server, scaler=scaler(config), **pools)
+
+
+def build_pools(args: dict[str, str]) -> Application:
+    """Build both pools without a front end, for `serve run` and KubeRay's RayService: KServe's predictors are theirs.
+
+    Raises:
+        ConfigError: when the settings are wrong.
+    """
+    return pools_application(load(_config_file(args)))
+
+
+def pools_application(config: Config) -> Application:
+    """Both pools as one Serve application, for front ends that live outside of it."""
+    pools = {role: _pool(config, role) for role in ROLES}
+    revision = serve.deployment(Revision, name="revision", num_replicas=1, ray_actor_options={"num_cpus": 0})
+    return revision.bind(**pools)
 
 
 def _pool(config: Config, role: Role) -> Application:
@@ -98,6 +117,13 @@ def placement(config: Config, role: Role) -> dict[str, Any]:
         *({"GPU": 1.0, **pool.resources} for _ in range(pool.num_gpus)),
     ]
     return {"ray_actor_options": actor, "placement_group_bundles": bundles, "placement_group_strategy": "PACK"}
+
+
+class Revision:
+    """What Serve takes for the application's ingress when the front ends are elsewhere: it holds the pools together."""
+
+    def __init__(self, prefill: DeploymentHandle, decode: DeploymentHandle) -> None:
+        self.pools = {"prefill": prefill, "decode": decode}
 
 
 class _Delegate:

@@ -34,7 +34,8 @@ def serve_until_stopped(config: Config, address: str | None = None) -> int:
         signal.signal(number, on_signal)
     started = time.monotonic()
     _say(started, f"joining the Ray cluster at {address}" if address else "starting Ray")
-    _start_ray(config, address)
+    start_ray(address)
+    _start_serve(config, own_server=address is None)
     try:
         _say(started, f"starting {config.model_name} on {config.prefill.replicas} prefill and "
              f"{config.decode.replicas} decode workers ({config.engine} engines)")  # fmt: skip
@@ -49,21 +50,28 @@ def serve_until_stopped(config: Config, address: str | None = None) -> int:
         _say(started, "stopped")
 
 
-def _start_ray(config: Config, address: str | None) -> None:
+def start_ray(address: str | None) -> None:
+    """Join the Ray cluster at `address`, or start one on this machine alone."""
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     for name in ("ray", "ray.serve"):  # what they say here means nothing to a user; faults are told by `_deploy`
         logging.getLogger(name).setLevel(logging.ERROR)
     import ray
-    from ray import serve
-    from ray.serve.config import ProxyLocation
 
     if address is None:
         ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False, configure_logging=False)
-        serve.start(proxy_location=ProxyLocation.Disabled)  # front ends listen themselves
     else:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
+
+
+def _start_serve(config: Config, *, own_server: bool) -> None:
+    from ray import serve
+    from ray.serve.config import ProxyLocation
+
+    if own_server:
+        serve.start(proxy_location=ProxyLocation.Disabled)  # front ends listen themselves
+    else:
         serve.start(http_options={"host": config.front_end.host, "port": config.front_end.port})
 
 

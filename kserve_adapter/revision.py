@@ -1,0 +1,165 @@
+"""The application that a predictor serves through: join its Ray cluster, have it deployed, keep it, leave it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle
+
+from kserve_adapter import keeper
+from kserve_adapter.ray_node import RayNode, StartFailed
+from runtime.config import ROLES, Config
+from runtime.serving import start_ray
+
+logger = logging.getLogger("baton.revision")
+
+T = TypeVar("T")
+
+POLL_S = 0.5
+
+
+def revision_name(config: Config) -> str:
+    """The application's name where none is given: the model and a digest of all that its pools are made of.
+
+    Two predictors with the same settings share an application, and a change of the model, of its weights' version or
+    of an engine argument is another one. The front end's own settings are not part of it.
+    """
+    digest = hashlib.sha256(json.dumps(keeper.pool_settings(config), sort_keys=True).encode()).hexdigest()[:8]
+    stem = re.sub(r"[^a-z0-9]+", "-", config.model_name.lower()).strip("-")[:40].rstrip("-")
+    return f"{stem or 'model'}-{digest}"
+
+
+class Revision:
+    """One predictor's part in the application `config.name`.
+
+    Args:
+        address: the Ray cluster: `HOST:PORT` of its head, `auto` for a node that runs on this machine already, None
+            for one of this process's own.
+        linger_s: how long the application outlives its last predictor.
+        joined: called once this process is part of the cluster: Ray has put signal handlers of its own in place, which
+            abort at a second SIGTERM.
+    """
+
+    def __init__(self, config: Config, address: str | None, linger_s: float, joined: Callable[[], object]) -> None:
+        self.config = config
+        self._address = address
+        self._linger_s = linger_s
+        self._joined = joined
+        self._member = uuid.uuid4().hex
+        self._owned = False
+        self._keeper: Any = None
+        self._node: RayNode | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._heart: asyncio.Task[None] | None = None
+
+    async def open(self) -> dict[str, DeploymentHandle]:
+        """Join the cluster, have the application deployed if it is not there; the handle of each role.
+
+        Raises:
+            StartFailed: no cluster, or an application of this name with other settings.
+        """
+        self._opening = asyncio.ensure_future(self._open())
+        await asyncio.shield(self._opening)
+        return await self.unless_it_fails(self._handles())
+
+    async def _handles(self) -> dict[str, DeploymentHandle]:
+        """The deployments appear some time after their application."""
+        while True:
+            with contextlib.suppress(KeyError):
+                return {role: serve.get_deployment_handle(role, self.config.name) for role in ROLES}
+            await asyncio.sleep(POLL_S)
+
+    async def _open(self) -> None:
+        await asyncio.to_thread(self._join_cluster)
+        self._joined()
+        if self._address is None:
+            await asyncio.to_thread(keeper.deploy_once, self.config, False)
+        else:
+            await self._join()
+            self._heart = asyncio.get_running_loop().create_task(self._beat())
+
+    async def unless_it_fails(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of work that waits for the application's workers.
+
+        Raises:
+            StartFailed: when Ray Serve gives the application up.
+        """
+        tasks: tuple[asyncio.Task[T], asyncio.Task[str]] = (
+            asyncio.ensure_future(work),
+            asyncio.ensure_future(self._failure()),
+        )
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not tasks[0].done():
+                raise StartFailed(f"application {self.config.name} failed: {tasks[1].result()}")
+            return tasks[0].result()
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _failure(self) -> str:
+        while True:
+            application = (await asyncio.to_thread(serve.status)).applications.get(self.config.name)
+            if application is not None and application.status.value == "DEPLOY_FAILED":
+                return application.message
+            await asyncio.sleep(POLL_S)
+
+    async def close(self) -> None:
+        """Say goodbye to the keeper; a shared application goes when its last predictor has."""
+        if self._opening is not None:
+            await asyncio.wait({self._opening})  # what it does in threads can't be cancelled
+        if self._heart is not None:
+            self._heart.cancel()
+            with contextlib.suppress(RayActorError):
+                await self._keeper.leave.remote(self._member)
+
+    def _join_cluster(self) -> None:
+        if self._address not in (None, "auto"):
+            self._node = RayNode(str(self._address))
+        start_ray(self._address)
+
+    def leave_cluster(self) -> None:
+        """Leave the cluster, or end it where it is this process's own. In the main thread, after the event loop."""
+        if ray.is_initialized():
+            if self._address is None:
+                serve.shutdown()
+            ray.shutdown()
+        if self._node is not None:
+            self._node.stop()
+
+    async def _join(self) -> None:
+        """Tell the keeper of this predictor, and again while the keeper is on its way out or being restarted."""
+        while True:
+            with contextlib.suppress(RayActorError):
+                if self._keeper is None:
+                    self._keeper = keeper.keeper(self.config, self._linger_s)
+                answer = await self._keeper.join.remote(self._member, self.config.model_dump(), self._owned)
+                if not answer["same"]:
+                    raise StartFailed(
+                        f"application {self.config.name} runs with other settings: give this revision its own "
+                        "--application, or none, and it is named by its settings"
+                    )
+                self._owned = answer["owned"]
+                if not answer["closing"]:
+                    return
+            self._keeper = None
+            await asyncio.sleep(POLL_S)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(keeper.HEARTBEAT_S)
+            try:
+                await self._join()
+            except Exception as error:  # whatever it is, the next beat may get through
+                logger.warning("the keeper of %s did not hear this predictor: %s", self.config.name, error)
