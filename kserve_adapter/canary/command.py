@@ -1,0 +1,100 @@
+"""`baton canary judge | watch`: exit status 0 promote, 10 hold, 20 roll back, 1 when there is no evidence to be had."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+
+from kserve_adapter.canary.judge import Judgement, JudgeSettings, NoEvidence, Verdict, judge
+
+EXIT = {Verdict.PROMOTE: 0, Verdict.HOLD: 10, Verdict.ROLLBACK: 20}
+NO_EVIDENCE = 1
+
+
+def add_canary(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`baton canary`."""
+    canary = commands.add_parser("canary", help="judge a new revision against the one it is to replace")
+    actions = canary.add_subparsers(dest="action", required=True)
+    judging = actions.add_parser("judge", help="look once: exit status 0 promote, 10 hold, 20 roll back")
+    watching = actions.add_parser("watch", help="look again and again until it is decided, or the time is over")
+    for parser in (judging, watching):
+        parser.add_argument("--prometheus", required=True, metavar="URL")
+        parser.add_argument("--name", required=True, help="the InferenceService")
+        parser.add_argument("--stable", required=True, metavar="REVISION")
+        parser.add_argument("--canary", required=True, metavar="REVISION")
+        for field in fields(JudgeSettings):
+            kind = int if field.name == "min_requests" else float
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, metavar="N")
+    judging.add_argument("--minutes", type=float, default=60.0, help="look at so much of the past (default: 60)")
+    watching.add_argument("--hours", type=float, default=24.0, help="how long to watch at most (default: 24)")
+    watching.add_argument("--every-s", type=float, default=60.0, help="seconds between looks (default: 60)")
+    judging.set_defaults(run=_judge)
+    watching.set_defaults(run=_watch)
+
+
+def _judge(arguments: argparse.Namespace) -> int:
+    try:
+        judgement = _look(arguments, arguments.minutes)
+    except NoEvidence as error:
+        print(f"baton: {error}", file=sys.stderr)
+        return NO_EVIDENCE
+    _tell(judgement)
+    return EXIT[judgement.verdict]
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    return watch(
+        lambda minutes: _look(arguments, minutes), arguments.hours * 60, arguments.every_s, time.monotonic, time.sleep
+    )
+
+
+def watch(
+    look: Callable[[float], Judgement],
+    minutes: float,
+    every_s: float,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> int:
+    """Look until it is decided; at the end of the time what is not decided is held. Returns the exit status.
+
+    A Prometheus that does not answer is asked again: it is no reason to end a watch of a day.
+    """
+    started = clock()
+    last: Verdict | None = None
+    status = NO_EVIDENCE
+    while True:
+        passed = (clock() - started) / 60
+        try:
+            judgement = look(max(1.0, passed))
+            status = EXIT[judgement.verdict]
+            if judgement.verdict is not last:
+                _tell(judgement)
+            last = judgement.verdict
+            if last is not Verdict.HOLD:
+                return status
+        except NoEvidence as error:
+            print(f"baton: {error}", file=sys.stderr)
+        if passed >= minutes:
+            return status
+        sleep(every_s)
+
+
+def _look(arguments: argparse.Namespace, minutes: float) -> Judgement:
+    from kserve_adapter.canary.prometheus import Prometheus
+
+    server = Prometheus(arguments.prometheus)
+    settings = JudgeSettings(**{field.name: getattr(arguments, field.name) for field in fields(JudgeSettings)})
+    stable, canary = (
+        server.evidence(f'baton_name="{arguments.name}",baton_revision="{revision}"', minutes * 60)
+        for revision in (arguments.stable, arguments.canary)
+    )
+    return judge(stable, canary, minutes, settings)
+
+
+def _tell(judgement: Judgement) -> None:
+    """One line of JSON: for people and pipelines alike."""
+    print(json.dumps({"verdict": judgement.verdict.value, "reasons": list(judgement.reasons)}), flush=True)
