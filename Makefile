@@ -3,7 +3,7 @@ PY := .venv/bin/python
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CONFIG ?= $(if $(GPU),deploy/config/gpu.yaml,deploy/config/demo.yaml)
 
-.PHONY: setup serve serve-sim test test-unit test-serve test-engine chaos chaos-engine fuzz soak check lint format lock docs clean help
+.PHONY: setup serve serve-sim serve-kserve test test-kserve test-deploy manifests test-unit test-serve test-engine chaos chaos-engine fuzz soak check lint format lock docs clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -16,6 +16,9 @@ serve: setup ## serve the demo model on one prefill and one decode worker; CONFI
 
 serve-sim: setup ## the same on simulated engines: up in seconds
 	@exec .venv/bin/baton serve --config deploy/config/sim.yaml
+
+serve-kserve: setup ## the same behind KServe's protocols, everything in one process, on port 8080
+	@exec .venv/bin/python -m kserve_adapter --config_file $(CONFIG) --host 127.0.0.1
 
 test: setup lint test-unit test-serve test-engine ## everything: lint, unit, Ray with simulated engines, real engines
 
@@ -45,6 +48,17 @@ fuzz: ## ten thousand mutated bodies and a thousand requests from the schema
 
 soak: ## twenty minutes of steady load with a kill every 20 s: memory, descriptors, failures
 	@$(PY) -m tests.chaos.soak
+
+test-kserve: ## KServe's protocols and a predictor's life, on Ray with simulated engines
+	@echo "== KServe"
+	@$(PY) -m pytest tests/kserve -q
+
+test-deploy: ## manifests, chart and overlays; stores of weights; the canary's judge
+	@echo "== manifests"
+	@$(PY) -m pytest tests/deploy tests/storage tests/canary -q
+
+manifests: ## write deploy/chart/presets from the code
+	@$(PY) -m kserve_adapter.manifest.presets deploy/chart/presets
 
 check: lint test-unit ## what to run before each commit
 

@@ -159,6 +159,9 @@ class Config(Settings):
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Bounds and budgets.")  # type: ignore[arg-type]
     objectives: ObjectiveSection = Field(default_factory=ObjectiveSection, description="What clients may expect.")  # type: ignore[arg-type]
     scaling: ScalingSection = Field(default_factory=ScalingSection, description="How the pools scale.")  # type: ignore[arg-type]
+    kubernetes: dict[str, Any] = Field(
+        default_factory=dict, description="The cluster, for `baton manifest` alone: see kubernetes.md."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -319,24 +322,24 @@ def parse(data: dict[str, Any], source: str = "settings") -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(item) for item in error.errors()]
+        problems = [explain(item) for item in error.errors()]
         raise ConfigError(f"{source}:\n" + "\n".join(f"  - {problem}" for problem in problems)) from error
 
 
-def _explain(item: Any) -> str:
+def explain(item: Any, root: type[Settings] | None = None, prefix: str = "") -> str:
+    """One of pydantic's complaints about `root` (all settings by default): where, what, and the nearest key."""
     path = [str(part) for part in item["loc"]]
-    where = ".".join(path)
+    where = ".".join([prefix, *path]) if prefix else ".".join(path)
     if item["type"] != "extra_forbidden":
         message = item["msg"].removeprefix("Value error, ")
         return f"{where}: {message} (got {item['input']!r})" if where else message
-    names = _keys_at(path[:-1])
+    names = _keys_at(path[:-1], root or Config)
     near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(sorted(names))}"
     return f"{where}: unknown key; {hint}"
 
 
-def _keys_at(path: list[str]) -> list[str]:
-    model: type[Settings] = Config
+def _keys_at(path: list[str], model: type[Settings]) -> list[str]:
     for part in path:
         if part not in model.model_fields:
             continue  # a name in a mapping of settings

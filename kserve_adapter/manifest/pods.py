@@ -1,0 +1,163 @@
+"""Pods: what every container of Baton's has in common, and how a model gets into one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kserve_adapter.manifest.settings import PRE_STOP_S, KubernetesSettings, PoolPods
+
+Object = dict[str, Any]
+"""A Kubernetes object, or part of one, as its API has it."""
+
+HTTP_PORT, GRPC_PORT, RAY_METRICS_PORT, GCS_PORT, DASHBOARD_PORT = 8080, 8081, 8090, 6379, 8265
+
+SETTINGS_PATH = "/etc/baton"
+MODEL_DIR = "/mnt/models"
+"""Where a model is in every pod: a front end's tokenizer and an engine's weights go by the same path."""
+
+CONTAINER_SECURITY: Object = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "runAsNonRoot": True,
+    "capabilities": {"drop": ["ALL"]},
+}
+POD_SECURITY: Object = {
+    "runAsNonRoot": True,
+    "runAsUser": 1000,
+    "runAsGroup": 1000,
+    "fsGroup": 1000,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+def labels(settings: KubernetesSettings, revision: str, part: str) -> dict[str, str]:
+    """Labels of a pod; Prometheus carries the first two over (`monitors`), queries and selectors go by them."""
+    return {
+        "baton-name": settings.name,
+        "baton-revision": revision,
+        "baton-part": part,
+        "app.kubernetes.io/name": "baton",
+        "app.kubernetes.io/instance": settings.name,
+        "app.kubernetes.io/component": part,
+    }
+
+
+def pre_stop() -> Object:
+    """Keep serving until what sends traffic has heard that this pod goes."""
+    return {"preStop": {"exec": {"command": ["sleep", str(PRE_STOP_S)]}}}
+
+
+def scratch(*, shm: str = "2Gi") -> tuple[list[Object], list[Object]]:
+    """Volumes and mounts of what a process writes, since its root is read-only: /tmp (Ray's too) and shared memory."""
+    volumes = [{"name": "tmp", "emptyDir": {}}, {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shm}}]
+    mounts = [{"name": "tmp", "mountPath": "/tmp"}, {"name": "shm", "mountPath": "/dev/shm"}]  # noqa: S108
+    return volumes, mounts
+
+
+def settings_volume(map_name: str) -> tuple[list[Object], list[Object]]:
+    """Volume and mount of a revision's settings."""
+    volume = {"name": "settings", "configMap": {"name": map_name}}
+    return [volume], [{"name": "settings", "mountPath": SETTINGS_PATH, "readOnly": True}]
+
+
+def environment(settings: KubernetesSettings) -> Object:
+    """Environment of a container: a home that can be written, the store's credentials, the API keys."""
+    env: list[Object] = [{"name": "HOME", "value": "/tmp"}, {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}]  # noqa: S108
+    part: Object = {"env": env}
+    if settings.api_keys_secret:
+        env.append(
+            {
+                "name": "BATON_API_KEYS",
+                "valueFrom": {"secretKeyRef": {"name": settings.api_keys_secret, "key": "keys"}},
+            }
+        )
+    return part
+
+
+def model_source(
+    settings: KubernetesSettings, *, with_weights: bool
+) -> tuple[list[Object], list[Object], list[Object]]:
+    """Init container, volumes and mounts that put the model to `MODEL_DIR` before a container starts.
+
+    Pods of one node share the cache there: the first one fetches, the others find it. A front end has no use for the
+    weights and fetches the rest into its own.
+    """
+    if not settings.model_uri:
+        return [], [], []
+    cache: Object = {"name": "model-cache", "emptyDir": {}}
+    if settings.cache_path and with_weights:
+        cache = {"name": "model-cache", "hostPath": {"path": settings.cache_path, "type": "DirectoryOrCreate"}}
+    mounts = [{"name": "model-cache", "mountPath": "/var/cache/baton"}, {"name": "mnt", "mountPath": "/mnt"}]
+    command = ["baton", "fetch", settings.model_uri, "--cache", "/var/cache/baton", "--link", MODEL_DIR]
+    command += ["--max-bytes", str(settings.cache_bytes)] if with_weights else ["--without-weights"]
+    init: Object = {
+        "name": "fetch-model",
+        "image": settings.image,
+        "command": command,
+        "env": environment(settings)["env"][:1],
+        "volumeMounts": [*mounts, {"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108
+        "securityContext": CONTAINER_SECURITY,
+        "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "4Gi"}},
+    }
+    if settings.model_secret:
+        init["envFrom"] = [{"secretRef": {"name": settings.model_secret}}]
+    read_only = [{**mount, "readOnly": True} for mount in mounts]
+    return [init], [cache, {"name": "mnt", "emptyDir": {}}], read_only
+
+
+def resources(cpu: str, memory: str, extended: dict[str, str] | None = None) -> Object:
+    """Requests and limits: memory and devices are limited to what was asked for, CPU is not throttled."""
+    limits = {"memory": memory, **(extended or {})}
+    return {"requests": {"cpu": cpu, **limits}, "limits": limits}
+
+
+def worker_pod(
+    settings: KubernetesSettings, revision: str, role: str, pods: PoolPods, gpus: int, command: list[str] | None
+) -> Object:
+    """The template of a pool's pod: a Ray node on which one worker runs. `command` is left to KubeRay without it."""
+    extended = {"nvidia.com/gpu": str(gpus)} if gpus else {}
+    security: Object = dict(CONTAINER_SECURITY)
+    if pods.rdma_resource:
+        extended[pods.rdma_resource] = "1"
+        security["capabilities"] = {"drop": ["ALL"], "add": ["IPC_LOCK"]}  # to register memory with the device
+    inits, model_volumes, model_mounts = model_source(settings, with_weights=True)
+    volumes, mounts = scratch(shm=pods.shm)
+    container: Object = {
+        "name": "ray-worker",
+        "image": settings.image,
+        **environment(settings),
+        "ports": [{"name": "metrics", "containerPort": RAY_METRICS_PORT}],
+        "resources": resources(pods.cpu, pods.memory, extended),
+        "securityContext": security,
+        "lifecycle": pre_stop(),
+        "volumeMounts": [*mounts, *model_mounts],
+    }
+    if command:
+        container["command"] = command
+    own = labels(settings, revision, role)
+    spec: Object = {
+        "serviceAccountName": settings.name,
+        "automountServiceAccountToken": False,
+        "securityContext": POD_SECURITY,
+        "terminationGracePeriodSeconds": settings.termination_s,
+        "initContainers": inits,
+        "containers": [container],
+        "volumes": [*volumes, *model_volumes],
+        "topologySpreadConstraints": [spread(own)],
+    }
+    for key, value in (("nodeSelector", pods.node_selector), ("tolerations", pods.tolerations)):
+        if value:
+            spec[key] = value
+    if not inits:
+        del spec["initContainers"]
+    return {"metadata": {"labels": own}, "spec": spec}
+
+
+def spread(own: dict[str, str]) -> Object:
+    """Over nodes as evenly as they allow."""
+    return {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": {key: own[key] for key in ("baton-name", "baton-revision", "baton-part")}},
+    }

@@ -1,0 +1,195 @@
+"""The two pools: pods of one Ray cluster for each revision, and what scales them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kserve_adapter.manifest.pods import (
+    CONTAINER_SECURITY,
+    DASHBOARD_PORT,
+    GCS_PORT,
+    POD_SECURITY,
+    RAY_METRICS_PORT,
+    Object,
+    environment,
+    labels,
+    pre_stop,
+    resources,
+    scratch,
+    settings_volume,
+    worker_pod,
+)
+from kserve_adapter.manifest.settings import KubernetesSettings, PoolPods
+from runtime.config import ROLES, Config, Role
+
+DESIRED, QUEUE = "baton_pool_desired_replicas", "baton_pool_queue_depth"
+"""Metrics of the front ends, one series a pool."""
+
+QUEUE_THRESHOLD = 5
+
+
+def cluster_name(settings: KubernetesSettings, revision: str) -> str:
+    """The revision's Ray cluster, and the name of everything that is its alone."""
+    return f"{settings.name}-{revision}"
+
+
+def head_address(settings: KubernetesSettings, revision: str) -> str:
+    """Where a node joins: KubeRay's service of the head."""
+    return f"{cluster_name(settings, revision)}-head-svc:{GCS_PORT}"
+
+
+def pools(settings: KubernetesSettings, config: Config, revision: str, settings_map: str) -> list[Object]:
+    """The objects of a revision's pools."""
+    if settings.pools == "embedded":
+        return []
+    if settings.pools == "deployments":
+        made = [_cluster(settings, _head(settings, revision, settings_map), [], revision)]
+        for role in ROLES:
+            made += [_deployment(settings, config, revision, role), _scaled_object(settings, revision, role)]
+        return made
+    groups = [_group(settings, config, revision, role) for role in ROLES]
+    cluster = _cluster(settings, _head(settings, revision, settings_map), groups, revision)
+    return [cluster if settings.pools == "kuberay" else _service(settings, cluster, revision)]
+
+
+def _head(settings: KubernetesSettings, revision: str, settings_map: str) -> Object:
+    volumes, mounts = scratch()
+    more_volumes, more_mounts = settings_volume(settings_map)
+    container = {
+        "name": "ray-head",
+        "image": settings.image,
+        **environment(settings),
+        "ports": [
+            {"name": "gcs", "containerPort": GCS_PORT},
+            {"name": "dashboard", "containerPort": DASHBOARD_PORT},
+            {"name": "metrics", "containerPort": RAY_METRICS_PORT},
+        ],
+        "resources": resources("2", "8Gi"),
+        "securityContext": CONTAINER_SECURITY,
+        "lifecycle": pre_stop(),
+        "volumeMounts": [*mounts, *more_mounts],
+    }
+    spec = {
+        "serviceAccountName": settings.name,
+        "securityContext": POD_SECURITY,
+        "terminationGracePeriodSeconds": settings.termination_s,
+        "containers": [container],
+        "volumes": [*volumes, *more_volumes],
+    }
+    return {
+        # Nothing of the pools lands on the head: it has no CPUs to give, and no label of a pool.
+        "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0", "metrics-export-port": str(RAY_METRICS_PORT)},  # noqa: S104
+        "template": {"metadata": {"labels": labels(settings, revision, "head")}, "spec": spec},
+    }
+
+
+def _group(settings: KubernetesSettings, config: Config, revision: str, role: Role) -> Object:
+    pods: PoolPods = getattr(settings, role)
+    return {
+        "groupName": role,
+        "replicas": pods.min_replicas,
+        "minReplicas": pods.min_replicas,
+        "maxReplicas": pods.max_replicas,
+        "numOfHosts": config.pool(role).nodes,
+        "labels": pool_label(role),
+        "rayStartParams": {"metrics-export-port": str(RAY_METRICS_PORT)},
+        "template": worker_pod(settings, revision, role, pods, _gpus(config, role), None),
+    }
+
+
+def _cluster(settings: KubernetesSettings, head: Object, groups: list[Object], revision: str) -> Object:
+    spec: Object = {"rayVersion": settings.ray_version, "headGroupSpec": head, "workerGroupSpecs": groups}
+    if groups:
+        spec["enableInTreeAutoscaling"] = True
+        spec["autoscalerOptions"] = {
+            "version": "v2",
+            "upscalingMode": "Default",
+            "idleTimeoutSeconds": 300,
+            "securityContext": CONTAINER_SECURITY,
+            "resources": {"requests": {"cpu": "200m", "memory": "512Mi"}, "limits": {"memory": "512Mi"}},
+        }
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayCluster",
+        "metadata": {"name": cluster_name(settings, revision), "labels": labels(settings, revision, "pools")},
+        "spec": spec,
+    }
+
+
+def _service(settings: KubernetesSettings, cluster: Object, revision: str) -> Object:
+    """KubeRay deploys the application itself, and the predictors find it there."""
+    import yaml
+
+    serve = {
+        "proxy_location": "Disabled",
+        "applications": [
+            {
+                "name": cluster_name(settings, revision),
+                "import_path": "runtime.app:build_pools",
+                "args": {"config": "/etc/baton/settings.yaml"},
+            }
+        ],
+    }
+    spec = {"serveConfigV2": yaml.safe_dump(serve, sort_keys=False), "rayClusterConfig": cluster["spec"]}
+    return {**cluster, "kind": "RayService", "spec": spec}
+
+
+def _deployment(settings: KubernetesSettings, config: Config, revision: str, role: Role) -> Object:
+    pods: PoolPods = getattr(settings, role)
+    label = ",".join(f"{key}={value}" for key, value in pool_label(role).items())
+    command = ["ray", "start", "--block", f"--address={head_address(settings, revision)}", f"--labels={label}"]
+    command += [f"--metrics-export-port={RAY_METRICS_PORT}", f"--num-gpus={_gpus(config, role)}"]
+    template = worker_pod(settings, revision, role, pods, _gpus(config, role), command)
+    own: dict[str, str] = template["metadata"]["labels"]
+    selector = {key: own[key] for key in ("baton-name", "baton-revision", "baton-part")}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": f"{cluster_name(settings, revision)}-{role}", "labels": own},
+        # No `replicas`: they are KEDA's.
+        "spec": {
+            "selector": {"matchLabels": selector},
+            "template": template,
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+        },
+    }
+
+
+def _scaled_object(settings: KubernetesSettings, revision: str, role: Role) -> Object:
+    pods: PoolPods = getattr(settings, role)
+    name = f"{cluster_name(settings, revision)}-{role}"
+    scope = f'pool="{role}",baton_name="{settings.name}",baton_revision="{revision}"'
+    # Every front end exports its own view of the pool: the same number, so the largest; its own queue, so the sum.
+    query, threshold = f"max({DESIRED}{{{scope}}})", 1
+    if settings.signal == "queue":
+        query, threshold = f"sum({QUEUE}{{{scope}}})", QUEUE_THRESHOLD
+    metadata: dict[str, Any] = {
+        "serverAddress": settings.prometheus_url,
+        "query": query,
+        "threshold": str(threshold),
+        "ignoreNullValues": "false",  # no answer is no reason to scale down
+    }
+    return {
+        "apiVersion": "keda.sh/v1alpha1",
+        "kind": "ScaledObject",
+        "metadata": {"name": name, "labels": labels(settings, revision, role)},
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
+            "minReplicaCount": pods.min_replicas,
+            "maxReplicaCount": pods.max_replicas,
+            "pollingInterval": 15,
+            "cooldownPeriod": 300,
+            "fallback": {"failureThreshold": 4, "replicas": max(1, pods.min_replicas), "behavior": "currentReplicas"},
+            "triggers": [{"type": "prometheus", "metricType": "AverageValue", "metadata": metadata}],
+        },
+    }
+
+
+def pool_label(role: str) -> dict[str, str]:
+    """Ray's label of a pool's nodes: a worker asks for it (`label_selector`)."""
+    return {"pool": role}
+
+
+def _gpus(config: Config, role: Role) -> int:
+    """GPUs of one pod: a worker's, or its share where it spans several machines."""
+    return -(-config.pool(role).num_gpus // config.pool(role).nodes)

@@ -1,0 +1,248 @@
+"""KServe's side: runtimes, the InferenceService with its canary, our own routes, LocalModelCache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kserve_adapter.manifest.pods import (
+    CONTAINER_SECURITY,
+    GRPC_PORT,
+    HTTP_PORT,
+    MODEL_DIR,
+    POD_SECURITY,
+    SETTINGS_PATH,
+    Object,
+    environment,
+    labels,
+    model_source,
+    pre_stop,
+    resources,
+    scratch,
+    settings_volume,
+    spread,
+)
+from kserve_adapter.manifest.pools import cluster_name, head_address
+from kserve_adapter.manifest.settings import KubernetesSettings
+
+FORMAT = "baton"
+RUNNING = "vllm:num_requests_running"
+"""vLLM's own gauge: what a front end works on."""
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One revision as the InferenceService refers to it.
+
+    Attributes:
+        settings: of the cluster, as this revision's file has them.
+        name: of the revision.
+        settings_map: ConfigMap with its settings.
+    """
+
+    settings: KubernetesSettings
+    name: str
+    settings_map: str
+
+
+def runtimes(settings: KubernetesSettings) -> list[Object]:
+    """The runtime for this namespace, and the same for the whole cluster."""
+    spec = _runtime_spec(settings)
+    meta = {"name": f"{settings.name}-runtime", "labels": {"baton-name": settings.name}}
+    return [
+        {"apiVersion": "serving.kserve.io/v1alpha1", "kind": kind, "metadata": {**meta, "name": name}, "spec": spec}
+        for kind, name in (("ServingRuntime", f"{settings.name}-runtime"), ("ClusterServingRuntime", "baton"))
+    ]
+
+
+def _runtime_spec(settings: KubernetesSettings) -> Object:
+    """What all revisions have in common: how to start, and probes that tell the truth."""
+    _, mounts = scratch()
+    ready = {"httpGet": {"path": "/v2/models/{{.Name}}/ready", "port": HTTP_PORT}}
+    live = {"httpGet": {"path": "/v2/health/live", "port": HTTP_PORT}}
+    args = ["--model_name={{.Name}}", f"--config_file={SETTINGS_PATH}/settings.yaml"]
+    args += [f"--http_port={HTTP_PORT}", f"--grpc_port={GRPC_PORT}", f"--grace_period={settings.grace_s}"]
+    container = {
+        "name": "kserve-container",
+        "image": settings.image,
+        "command": ["python", "-m", "kserve_adapter"],
+        "args": args,
+        **environment(settings),
+        "ports": [{"containerPort": HTTP_PORT, "protocol": "TCP"}],
+        "resources": resources(settings.predictor.cpu, settings.predictor.memory),
+        "securityContext": CONTAINER_SECURITY,
+        "lifecycle": pre_stop(),
+        "startupProbe": {**live, "periodSeconds": 5, "failureThreshold": 60},
+        "livenessProbe": {**live, "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 6},
+        "readinessProbe": {**ready, "periodSeconds": 5, "timeoutSeconds": 3, "failureThreshold": 2},
+        "volumeMounts": mounts,
+    }
+    volumes, _ = scratch()
+    return {
+        "supportedModelFormats": [{"name": FORMAT, "version": "1", "autoSelect": True, "priority": 1}],
+        "protocolVersions": ["v1", "v2", "grpc-v2"],
+        "multiModel": False,
+        "containers": [container],
+        "volumes": volumes,
+    }
+
+
+def inference_service(stable: Revision, canary: Revision | None = None, percent: int = 0) -> Object:
+    """The InferenceService; with a canary, in the way of its mode.
+
+    Standard mode lists canaries beside the stable predictor; Knative takes the new revision as the predictor and splits
+    by revision, so there the object is the canary's, and the earlier one goes on serving the rest.
+    """
+    settings = stable.settings
+    annotations = {
+        "serving.kserve.io/deploymentMode": "Standard" if settings.mode == "standard" else "Knative",
+    }
+    if settings.mode == "standard":
+        annotations["serving.kserve.io/autoscalerClass"] = settings.predictor.autoscaler
+    spec: Object = {"predictor": _predictor(stable)}
+    if canary and settings.mode == "knative":
+        spec = {"predictor": {**_predictor(canary), "canaryTrafficPercent": percent}}
+    elif canary:
+        predictor = _predictor(canary)
+        for key in ("minReplicas", "maxReplicas", "scaleTarget", "scaleMetric", "autoScaling"):
+            predictor.pop(key, None)
+        predictor["model"] = {"name": "kserve-container", **predictor["model"]}  # required here, unlike above
+        predictor = {"name": canary.name, **predictor, "minReplicas": max(1, settings.predictor.min_replicas)}
+        spec["canary"] = [{"predictor": predictor, "trafficPercent": percent}]
+    return {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {"name": settings.name, "labels": {"baton-name": settings.name}, "annotations": annotations},
+        "spec": spec,
+    }
+
+
+def _predictor(revision: Revision) -> Object:
+    settings = revision.settings
+    inits, model_volumes, model_mounts = model_source(settings, with_weights=settings.pools == "embedded")
+    volumes, mounts = settings_volume(revision.settings_map)
+    own = labels(settings, revision.name, "predictor")
+    model: Object = {
+        "modelFormat": {"name": FORMAT},
+        "runtime": f"{settings.name}-runtime",
+        "protocolVersion": "v2",
+        "args": [f"--application={cluster_name(settings, revision.name)}"],
+        "volumeMounts": [*mounts, *model_mounts],
+    }
+    if settings.model_uri:
+        model["args"].append(f"--model_dir={MODEL_DIR}")
+    if settings.pools != "embedded":
+        model["env"] = [{"name": "BATON_RAY_ADDRESS", "value": head_address(settings, revision.name)}]
+    predictor: Object = {
+        "labels": own,
+        "serviceAccountName": settings.name,
+        "automountServiceAccountToken": False,
+        "securityContext": POD_SECURITY,
+        "terminationGracePeriodSeconds": settings.termination_s,
+        "topologySpreadConstraints": [spread(own)],
+        **_scale(settings),
+        "model": model,
+    }
+    if settings.local_model_cache:
+        model["storageUri"] = settings.model_uri
+        model["volumeMounts"] = mounts
+    else:
+        volumes += model_volumes
+        if inits:
+            predictor["initContainers"] = inits
+    return {**predictor, "volumes": volumes}
+
+
+def _scale(settings: KubernetesSettings) -> Object:
+    pods = settings.predictor
+    bounds: Object = {"minReplicas": pods.min_replicas, "maxReplicas": pods.max_replicas}
+    if settings.mode == "knative":
+        return {**bounds, "scaleMetric": "concurrency", "scaleTarget": pods.target}
+    if pods.autoscaler == "hpa":
+        return {**bounds, "scaleMetric": "cpu", "scaleTarget": pods.target}
+    if pods.autoscaler == "keda":
+        # KServe honours `value` alone, and puts no label into the query: it is scoped here.
+        query = f'sum({RUNNING}{{baton_name="{settings.name}"}})'
+        metric = {"backend": "prometheus", "serverAddress": settings.prometheus_url, "query": query}
+        external = {"metric": metric, "target": {"type": "Value", "value": str(pods.target)}}
+        return {**bounds, "autoScaling": {"metrics": [{"type": "External", "external": external}]}}
+    return {"minReplicas": pods.min_replicas}
+
+
+def canary_service(canary: Revision) -> Object:
+    """An InferenceService of the canary's own, for a route of ours that splits between two."""
+    made = inference_service(canary)
+    made["metadata"]["name"] = f"{canary.settings.name}-canary"
+    # Clients ask both for the same model.
+    made["spec"]["predictor"]["model"]["args"].append(f"--model_name={canary.settings.name}")
+    return made
+
+
+def route(settings: KubernetesSettings, canary_percent: int | None) -> list[Object]:
+    """Our own route to the predictors, weighted where there is a canary service."""
+    gateway = settings.gateway
+    if gateway is None:
+        return []
+    weights = {f"{settings.name}-predictor": 100 - (canary_percent or 0)}
+    if canary_percent is not None:
+        weights[f"{settings.name}-canary-predictor"] = canary_percent
+    meta = {"name": settings.name, "labels": {"baton-name": settings.name}}
+    if gateway.istio:
+        destinations = [
+            {"destination": {"host": name, "port": {"number": 80}}, "weight": weight}
+            for name, weight in weights.items()
+        ]
+        spec: Object = {
+            "hosts": [gateway.hostname],
+            "gateways": [f"{gateway.namespace}/{gateway.parent}"],
+            "http": [{"route": destinations, "timeout": "0s"}],
+        }
+        return [{"apiVersion": "networking.istio.io/v1beta1", "kind": "VirtualService", "metadata": meta, "spec": spec}]
+    backends = [{"name": name, "port": 80, "weight": weight} for name, weight in weights.items()]
+    rule = {
+        "matches": [{"path": {"type": "PathPrefix", "value": "/"}}],
+        "backendRefs": backends,
+        "timeouts": {"request": "0s"},  # streams take their time
+    }
+    spec = {
+        "parentRefs": [{"name": gateway.parent, "namespace": gateway.namespace}],
+        "hostnames": [gateway.hostname],
+        "rules": [rule],
+    }
+    return [{"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": meta, "spec": spec}]
+
+
+def local_model_cache(settings: KubernetesSettings, revision: str) -> list[Object]:
+    """KServe's own cache of the model on a group of nodes: `storageUri` finds it there."""
+    cache = settings.local_model_cache
+    if cache is None:
+        return []
+    node_affinity = {
+        "required": {
+            "nodeSelectorTerms": [
+                {"matchExpressions": [{"key": "kserve/localmodel", "operator": "In", "values": [cache.node_group]}]}
+            ]
+        }
+    }
+    common = {
+        "accessModes": ["ReadWriteOnce"],
+        "storageClassName": cache.storage_class,
+        "volumeMode": "Filesystem",
+    }
+    group = {
+        "storageLimit": cache.limit,
+        "persistentVolumeSpec": {
+            **common,
+            "capacity": {"storage": cache.limit},
+            "local": {"path": cache.path},
+            "nodeAffinity": node_affinity,
+            "persistentVolumeReclaimPolicy": "Delete",
+        },
+        "persistentVolumeClaimSpec": {**common, "resources": {"requests": {"storage": cache.limit}}},
+    }
+    model = {"sourceModelUri": settings.model_uri, "modelSize": cache.size, "nodeGroups": [cache.node_group]}
+    api = "serving.kserve.io/v1alpha1"
+    name = cluster_name(settings, revision)
+    return [
+        {"apiVersion": api, "kind": "LocalModelNodeGroup", "metadata": {"name": cache.node_group}, "spec": group},
+        {"apiVersion": api, "kind": "LocalModelCache", "metadata": {"name": name}, "spec": model},
+    ]

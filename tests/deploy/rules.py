@@ -1,0 +1,336 @@
+"""What no schema can see: that the objects agree with each other, with the code, and with what webhooks refuse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import yaml
+
+from kserve_adapter.manifest.guards import CARRIED
+from kserve_adapter.manifest.pools import DESIRED, QUEUE
+from kserve_adapter.manifest.serving import RUNNING
+from kserve_adapter.manifest.settings import MARGIN_S, PRE_STOP_S
+from runtime.config import parse
+from runtime.errors import ConfigError
+
+Objects = list[dict[str, Any]]
+Rule = Callable[[Objects], Iterator[str]]
+
+KNOWN_METRICS = {DESIRED, QUEUE, RUNNING}
+
+
+def of(objects: Objects, *kinds: str) -> Objects:
+    """The objects of some kinds."""
+    return [item for item in objects if item["kind"] in kinds]
+
+
+def pod_templates(objects: Objects) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
+    """Every pod that will run: a name for it, its spec, its labels. A predictor's is put together as KServe does."""
+    for item in of(objects, "RayCluster", "RayService"):
+        spec = item["spec"].get("rayClusterConfig", item["spec"])
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            template = group["template"]
+            yield f"{item['kind']}/{group.get('groupName', 'head')}", template["spec"], template["metadata"]["labels"]
+    for item in of(objects, "Deployment"):
+        template = item["spec"]["template"]
+        yield f"Deployment/{item['metadata']['name']}", template["spec"], template["metadata"]["labels"]
+    runtimes = {item["metadata"]["name"]: item["spec"] for item in of(objects, "ServingRuntime")}
+    for name, predictor in predictors(objects):
+        model = predictor["model"]
+        runtime = runtimes[model["runtime"]]
+        container = dict(runtime["containers"][0])
+        for key in ("args", "env", "volumeMounts"):
+            container[key] = [*container.get(key, []), *model.get(key, [])]
+        spec = {**predictor, "containers": [container]}
+        spec["volumes"] = [*runtime["volumes"], *predictor.get("volumes", [])]
+        yield f"InferenceService/{name}", spec, predictor["labels"]
+
+
+def predictors(objects: Objects) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every predictor, canaries included."""
+    for item in of(objects, "InferenceService"):
+        yield item["metadata"]["name"], item["spec"]["predictor"]
+        for canary in item["spec"].get("canary", []):
+            yield f"{item['metadata']['name']}/{canary['predictor']['name']}", canary["predictor"]
+
+
+def nothing_runs_as_root(objects: Objects) -> Iterator[str]:
+    """Not root, nothing to gain, a root that can't be written, in every container."""
+    for name, spec, _ in pod_templates(objects):
+        if not spec["securityContext"].get("runAsNonRoot") or not spec["securityContext"].get("runAsUser"):
+            yield f"{name} may run as root"
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            security = container.get("securityContext", {})
+            if security.get("allowPrivilegeEscalation") is not False or security["capabilities"]["drop"] != ["ALL"]:
+                yield f"{name}/{container['name']} can gain privileges"
+            if not security.get("readOnlyRootFilesystem"):
+                yield f"{name}/{container['name']} can write its root"
+            if "memory" not in container["resources"]["limits"]:
+                yield f"{name}/{container['name']} has no limit on memory"
+
+
+def mounts_have_volumes(objects: Objects) -> Iterator[str]:
+    """Every mount names a volume, no volume is there twice, no path is mounted twice, /tmp can be written."""
+    for name, spec, _ in pod_templates(objects):
+        volumes = [volume["name"] for volume in spec.get("volumes", [])]
+        if len(volumes) != len(set(volumes)):
+            yield f"{name} has a volume twice"
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            mounts = container["volumeMounts"]
+            paths = [mount["mountPath"] for mount in mounts]
+            if len(paths) != len(set(paths)):
+                yield f"{name}/{container['name']} mounts a path twice"
+            if "/tmp" not in paths:
+                yield f"{name}/{container['name']} can't write anywhere"
+            yield from (
+                f"{name}/{container['name']} mounts {mount['name']}, which is no volume"
+                for mount in mounts
+                if mount["name"] not in volumes
+            )
+
+
+def grace_periods_agree(objects: Objects) -> Iterator[str]:
+    """The kubelet's patience is the pause, the streams' time and the time to leave, in every pod that serves."""
+    args = [arg for item in of(objects, "ServingRuntime") for arg in item["spec"]["containers"][0]["args"]]
+    (grace,) = [int(arg.split("=")[1]) for arg in args if arg.startswith("--grace_period=")]
+    for name, spec, _ in pod_templates(objects):
+        if spec.get("terminationGracePeriodSeconds") != PRE_STOP_S + grace + MARGIN_S:
+            yield f"{name}: terminationGracePeriodSeconds does not agree with --grace_period={grace}"
+        if spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] != ["sleep", str(PRE_STOP_S)]:
+            yield f"{name}: the pause before the end is not {PRE_STOP_S} s"
+
+
+def probes_tell_the_truth(objects: Objects) -> Iterator[str]:
+    """Ready is asked of the model, since the server always says yes in KServe; alive of the server, never the model."""
+    for item in of(objects, "ServingRuntime", "ClusterServingRuntime"):
+        (container,) = item["spec"]["containers"]
+        if container["name"] != "kserve-container":
+            yield f"{item['kind']}: the container is not called kserve-container"
+        if container["readinessProbe"]["httpGet"]["path"] != "/v2/models/{{.Name}}/ready":
+            yield f"{item['kind']}: readiness is not the model's"
+        for probe in ("livenessProbe", "startupProbe"):
+            if container[probe]["httpGet"]["path"] != "/v2/health/live":
+                yield f"{item['kind']}: {probe} depends on the model"
+        ports = [port["containerPort"] for port in container["ports"]]
+        served = [int(arg.split("=")[1]) for arg in container["args"] if arg.startswith("--http_port=")]
+        if ports != served or container["readinessProbe"]["httpGet"]["port"] not in ports:
+            yield f"{item['kind']}: probe, port and argument disagree"
+
+
+def runtimes_are_found(objects: Objects) -> Iterator[str]:
+    """A predictor's runtime is there and takes its format."""
+    runtimes = {item["metadata"]["name"]: item["spec"] for item in of(objects, "ServingRuntime")}
+    for name, predictor in predictors(objects):
+        runtime = runtimes.get(predictor["model"]["runtime"])
+        formats = [entry["name"] for entry in (runtime or {}).get("supportedModelFormats", [])]
+        if predictor["model"]["modelFormat"]["name"] not in formats:
+            yield f"{name}: its runtime is not there or does not take its format"
+
+
+def selectors_match(objects: Objects) -> Iterator[str]:
+    """Every selector finds a pod, and a Deployment's finds its own alone."""
+    pods = [labels for _, _, labels in pod_templates(objects)]
+    for item in of(objects, "PodDisruptionBudget", "PodMonitor"):
+        selector = item["spec"]["selector"]
+        found = [labels for labels in pods if selects(selector, labels)]
+        if not found:
+            yield f"{item['kind']} {item['metadata']['name']} selects nothing"
+    for item in of(objects, "NetworkPolicy"):
+        if not any(selects(item["spec"]["podSelector"], labels) for labels in pods):
+            yield f"NetworkPolicy {item['metadata']['name']} selects nothing"
+    for item in of(objects, "Deployment"):
+        if [labels for labels in pods if selects(item["spec"]["selector"], labels)] != [
+            item["spec"]["template"]["metadata"]["labels"]
+        ]:
+            yield f"Deployment {item['metadata']['name']} does not select its own pods alone"
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Whether a label selector matches."""
+    wanted = selector.get("matchLabels", {})
+    listed = selector.get("matchExpressions", [])
+    return all(labels.get(key) == value for key, value in wanted.items()) and all(
+        labels.get(entry["key"]) in entry["values"] for entry in listed
+    )
+
+
+def every_pod_is_closed(objects: Objects) -> Iterator[str]:
+    """A policy without rules selects every pod, both ways; what is open is open to somebody in particular."""
+    policies = of(objects, "NetworkPolicy")
+    closed = [
+        item["spec"]["podSelector"]
+        for item in policies
+        if item["spec"].get("ingress") == []
+        and item["spec"].get("egress") == []
+        and sorted(item["spec"]["policyTypes"]) == ["Egress", "Ingress"]
+    ]
+    for name, _, labels in pod_templates(objects):
+        if not any(selects(selector, labels) for selector in closed):
+            yield f"{name} is open"
+    for item in policies:
+        for rule in item["spec"].get("ingress", []):
+            if not rule.get("from"):
+                yield f"NetworkPolicy {item['metadata']['name']} lets everybody in"
+
+
+def queries_name_what_exists(objects: Objects) -> Iterator[str]:
+    """Metrics are ones that the code exports, labels ones that Prometheus carries over."""
+    carried = {label.replace("-", "_") for label in CARRIED}
+    for item in of(objects, "PodMonitor"):
+        if item["spec"].get("podTargetLabels") != list(CARRIED):
+            yield f"PodMonitor {item['metadata']['name']} does not carry {CARRIED} over"
+    names = {labels["baton-name"] for _, _, labels in pod_templates(objects)}
+    for query in queries(objects):
+        (metric,) = re.findall(r"([a-z_:]+)\{", query)
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', query))
+        if metric not in KNOWN_METRICS:
+            yield f"{query}: there is no metric {metric}"
+        if unknown := set(labels) - carried - {"pool"}:
+            yield f"{query}: no series has {unknown}"
+        if labels.get("baton_name") not in names:
+            yield f"{query}: asks for another service"
+
+
+def queries(objects: Objects) -> Iterator[str]:
+    """Every PromQL query of an autoscaler."""
+    for item in of(objects, "ScaledObject"):
+        yield from (trigger["metadata"]["query"] for trigger in item["spec"]["triggers"])
+    for _, predictor in predictors(objects):
+        for metric in predictor.get("autoScaling", {}).get("metrics", []):
+            yield metric["external"]["metric"]["query"]
+
+
+def scalers_have_targets(objects: Objects) -> Iterator[str]:
+    """KEDA's targets exist and have `/scale`, which Ray's kinds have not; nothing else sets their replicas."""
+    deployments = {item["metadata"]["name"]: item for item in of(objects, "Deployment")}
+    for item in of(objects, "ScaledObject"):
+        target = item["spec"]["scaleTargetRef"]
+        if target["kind"] != "Deployment" or target["name"] not in deployments:
+            yield f"ScaledObject {item['metadata']['name']} has no target"
+        elif "replicas" in deployments[target["name"]]["spec"]:
+            yield f"Deployment {target['name']} fixes the replicas that KEDA sets"
+        if item["spec"]["minReplicaCount"] > item["spec"]["maxReplicaCount"]:
+            yield f"ScaledObject {item['metadata']['name']}: bounds"
+
+
+def kserves_webhooks_would_agree(objects: Objects) -> Iterator[str]:
+    """The rules of KServe's validation: which canary and which autoscaler belong to which mode."""
+    for item in of(objects, "InferenceService"):
+        notes = item["metadata"]["annotations"]
+        mode, predictor = notes["serving.kserve.io/deploymentMode"], item["spec"]["predictor"]
+        scaler = notes.get("serving.kserve.io/autoscalerClass")
+        canaries = item["spec"].get("canary", [])
+        if mode == "Standard" and "canaryTrafficPercent" in predictor:
+            yield "canaryTrafficPercent is Knative's"
+        if mode == "Knative" and (canaries or scaler):
+            yield "spec.canary and autoscalerClass are for Standard mode"
+        names = [entry["predictor"].get("name") for entry in canaries]
+        if len(set(names)) != len(names) or None in names or sum(c["trafficPercent"] for c in canaries) > 100:
+            yield "canaries need names of their own and at most 100 percent"
+        for entry in canaries:
+            if set(entry["predictor"]) & {"maxReplicas", "scaleTarget", "scaleMetric", "autoScaling"}:
+                yield "a canary has no autoscaling of its own"
+            if entry["predictor"].get("minReplicas", 1) > max(1, predictor.get("minReplicas", 1)):
+                yield "a canary has no more replicas than the stable predictor"
+        for metric in predictor.get("autoScaling", {}).get("metrics", []):
+            if "value" not in metric["external"]["target"]:
+                yield "KServe honours target.value alone"
+            if scaler != "keda":
+                yield "autoScaling needs autoscalerClass keda"
+
+
+def settings_are_batons(objects: Objects) -> Iterator[str]:
+    """The settings that pods read are valid, and those of the predictor's own revision and pools."""
+    maps = {item["metadata"]["name"]: item["data"]["settings.yaml"] for item in of(objects, "ConfigMap")}
+    for name, spec, labels in pod_templates(objects):
+        for volume in spec["volumes"]:
+            if "configMap" not in volume:
+                continue
+            text = maps.get(volume["configMap"]["name"])
+            if text is None:
+                yield f"{name} mounts settings that are not there"
+                continue
+            try:
+                config = parse(yaml.safe_load(text), name)
+            except ConfigError as error:
+                yield f"{name}: {error}"
+                continue
+            if config.name != f"{labels['baton-name']}-{labels['baton-revision']}":
+                yield f"{name} reads another revision's settings"
+
+
+def revisions_stay_apart(objects: Objects) -> Iterator[str]:
+    """A predictor joins the Ray cluster of its own revision."""
+    clusters = {item["metadata"]["name"] for item in of(objects, "RayCluster", "RayService")}
+    for name, spec, labels in pod_templates(objects):
+        own = f"{labels['baton-name']}-{labels['baton-revision']}"
+        for container in spec["containers"]:
+            words = [*container.get("command", []), *(entry.get("value", "") for entry in container.get("env", []))]
+            for address in re.findall(r"([a-z0-9-]+)-head-svc:6379", " ".join(words)):
+                if address != own or address not in clusters:
+                    yield f"{name} joins {address}, which is not its revision's cluster"
+
+
+def pools_get_their_hardware(objects: Objects) -> Iterator[str]:
+    """A pool's nodes carry the label that its workers ask for, and GPUs enough for one."""
+    (first, *_) = of(objects, "ConfigMap")
+    try:
+        config = parse(yaml.safe_load(first["data"]["settings.yaml"]))
+    except ConfigError:
+        return  # another rule says so
+    for item in of(objects, "RayCluster", "RayService"):
+        spec = item["spec"].get("rayClusterConfig", item["spec"])
+        for group in spec["workerGroupSpecs"]:
+            pool = config.pool(group["groupName"])
+            limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+            if group["labels"] != pool.label_selector:
+                yield f"no worker asks for the label of {group['groupName']}"
+            if int(limits.get("nvidia.com/gpu", 0)) * pool.nodes != pool.num_gpus:
+                yield f"{group['groupName']} has other GPUs than its worker needs"
+    for item in of(objects, "Deployment"):
+        labels = item["spec"]["template"]["metadata"]["labels"]
+        pool = config.pool(labels["baton-part"])
+        (container,) = item["spec"]["template"]["spec"]["containers"]
+        wanted = ",".join(f"{key}={value}" for key, value in pool.label_selector.items())
+        if (
+            f"--labels={wanted}" not in container["command"]
+            or f"--num-gpus={pool.num_gpus}" not in container["command"]
+        ):
+            yield f"{item['metadata']['name']} offers not what its worker asks for"
+
+
+def weights_are_the_pinned_ones(objects: Objects) -> Iterator[str]:
+    """Front ends and engines read the same model, from the path that they are told."""
+    uris = set()
+    for name, spec, labels in pod_templates(objects):
+        for init in spec.get("initContainers", []):
+            uris.add((labels["baton-revision"], init["command"][2]))
+            if init["command"][init["command"].index("--link") + 1] != "/mnt/models":
+                yield f"{name}: the model is not where it is looked for"
+    if len(uris) != len({revision for revision, _ in uris}):
+        yield f"pods of one revision fetch different weights: {sorted(uris)}"
+
+
+RULES: tuple[Rule, ...] = (
+    nothing_runs_as_root,
+    mounts_have_volumes,
+    grace_periods_agree,
+    probes_tell_the_truth,
+    runtimes_are_found,
+    selectors_match,
+    every_pod_is_closed,
+    queries_name_what_exists,
+    scalers_have_targets,
+    kserves_webhooks_would_agree,
+    settings_are_batons,
+    revisions_stay_apart,
+    pools_get_their_hardware,
+    weights_are_the_pinned_ones,
+)
+
+
+def broken(objects: Objects) -> list[str]:
+    """Everything that breaks a rule."""
+    return [problem for rule in RULES for problem in rule(objects)]

@@ -1,0 +1,292 @@
+"""Every manifest of every preset: by schema, by rule, and that a wrong field is noticed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kserve_adapter.manifest.presets import PRESETS, config, files
+from kserve_adapter.manifest.render import render, to_yaml
+from runtime.cli import main
+from runtime.config import parse
+from runtime.errors import ConfigError
+from tests.conftest import ROOT
+from tests.deploy.rules import Objects, broken, of, predictors
+from tests.deploy.schemas import CRDS, is_custom, problems
+
+needs_crds = pytest.mark.skipif(
+    not CRDS.is_dir(),
+    reason="BATON_CRDS names no folder with the CRDs of KServe, KubeRay, KEDA, Gateway API and Prometheus",
+)
+
+
+def changed(preset: str, **kubernetes: Any) -> dict[str, Any]:
+    """A preset's settings with some of the cluster's changed."""
+    data = copy.deepcopy(PRESETS[preset])
+    data["kubernetes"].update(kubernetes)
+    return data
+
+
+GATEWAY = {"parent": "public", "namespace": "gateway-system", "hostname": "llm.example.org"}
+CANARY = {"revision": "v2", "model_uri": "s3://example-bucket/example-llm/v2"}
+CACHE = {"node_group": "gpu", "size": "140Gi", "limit": "1Ti"}
+
+
+def sets() -> dict[str, Objects]:
+    """Everything that is checked: the presets, and each choice that they don't make."""
+    made = {preset: render(config(preset)) for preset in PRESETS}
+    for preset in ("standard-kuberay", "knative-kuberay", "standard-keda"):
+        canary = parse(changed(preset, **CANARY))
+        made[f"{preset} canary"] = render(config(preset), canary, 10)
+    for istio in (False, True):
+        gateway = {"gateway": {**GATEWAY, "istio": istio}}
+        first, second = (
+            parse(changed("standard-kuberay", **gateway)),
+            parse(changed("standard-kuberay", **gateway, **CANARY)),
+        )
+        made[f"route istio={istio}"] = render(first)
+        made[f"route canary istio={istio}"] = render(first, second, 5)
+    made["local model cache"] = render(parse(changed("standard-kuberay", local_model_cache=CACHE)))
+    made["desired"] = render(
+        parse(changed("standard-keda", signal="desired", namespace="models", api_keys_secret="keys"))
+    )
+    return made
+
+
+SETS = sets()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_built_in_kinds_by_schema(name: str) -> None:
+    """By Kubernetes' own schemas, with no unknown fields."""
+    checked = [item for item in SETS[name] if not is_custom(item)]
+    assert len(checked) > 5
+    assert not [problem for item in checked for problem in problems(item)]
+
+
+@needs_crds
+@pytest.mark.parametrize("name", SETS)
+def test_custom_kinds_by_schema(name: str) -> None:
+    """By the projects' own CRDs, with no field that an API server would prune."""
+    checked = [item for item in SETS[name] if is_custom(item)]
+    assert len(checked) > 3
+    assert not [problem for item in checked for problem in problems(item)]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_rules(name: str) -> None:
+    """What schemas can't see."""
+    assert not broken(SETS[name])
+
+
+def fresh(name: str) -> Objects:
+    """A copy in which no two objects share a part."""
+    made: Objects = json.loads(json.dumps(SETS[name]))
+    return made
+
+
+def find(objects: Objects, kind: str) -> dict[str, Any]:
+    """The first object of a kind."""
+    return of(objects, kind)[0]
+
+
+def put(kind: str, path: str, value: Any) -> Callable[[Objects], None]:
+    """Set a field of the first object of a kind; None removes it."""
+
+    def mutate(objects: Objects) -> None:
+        at: Any = find(objects, kind)
+        *way, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+        for part in way:
+            at = at[part]
+        if value is None:
+            del at[last]
+        else:
+            at[last] = value
+
+    return mutate
+
+
+RUNTIME = "spec.containers.0"
+WORKERS = "spec.workerGroupSpecs.0"
+POD = f"{WORKERS}.template.spec"
+SCHEMA_MUTATIONS = {
+    "misspelt count": ("standard-keda", put("ScaledObject", "spec.minReplicaCnt", 1)),
+    "a string canary": ("standard-kuberay canary", put("InferenceService", "spec.canary.0.trafficPercent", "10")),
+    "storageURI": ("standard-kuberay", put("InferenceService", "spec.predictor.model.storageURI", "s3://x/y")),
+    "group without name": ("standard-kuberay", put("RayCluster", f"{WORKERS}.groupName", None)),
+    "replicas as text": ("standard-kuberay", put("RayCluster", f"{WORKERS}.maxReplicas", "ten")),
+    "a weight too many": ("route canary istio=False", put("HTTPRoute", "spec.rules.0.backendRefs.0.weigth", 1)),
+    "an endpoint's typo": ("standard-keda", put("PodMonitor", "spec.podMetricsEndpoints.0.portNumer", 1)),
+    "a probe's typo": ("standard-kuberay", put("ServingRuntime", f"{RUNTIME}.readinessProbe.httpGte", {})),
+    "a policy's typo": ("standard-kuberay", put("NetworkPolicy", "spec.podSelectors", {})),
+    "a budget's type": ("standard-kuberay", put("PodDisruptionBudget", "spec.maxUnavailable", ["1"])),
+    "an unknown field": ("standard-keda", put("Deployment", "spec.template.spec.tolerations.0.key_", "x")),
+}
+RULE_MUTATIONS = {
+    "root": ("standard-kuberay", put("RayCluster", f"{POD}.securityContext.runAsNonRoot", False)),
+    "a writable root": (
+        "standard-kuberay",
+        put("RayCluster", f"{POD}.containers.0.securityContext.readOnlyRootFilesystem", False),
+    ),
+    "no limit": ("standard-kuberay", put("RayCluster", f"{POD}.containers.0.resources.limits.memory", None)),
+    "an unknown volume": ("standard-kuberay", put("RayCluster", f"{POD}.containers.0.volumeMounts.0.name", "x")),
+    "a short grace": ("standard-kuberay", put("InferenceService", "spec.predictor.terminationGracePeriodSeconds", 30)),
+    "a worker's short grace": ("standard-kuberay", put("RayCluster", f"{POD}.terminationGracePeriodSeconds", 30)),
+    "no pause": ("standard-kuberay", put("ServingRuntime", f"{RUNTIME}.lifecycle.preStop.exec.command", ["true"])),
+    "a probe that lies": (
+        "standard-kuberay",
+        put("ServingRuntime", f"{RUNTIME}.readinessProbe.httpGet.path", "/v2/health/ready"),
+    ),
+    "a probe that kills": (
+        "standard-kuberay",
+        put("ServingRuntime", f"{RUNTIME}.livenessProbe.httpGet.path", "/v2/models/{{.Name}}/ready"),
+    ),
+    "another port": ("standard-kuberay", put("ServingRuntime", f"{RUNTIME}.ports.0.containerPort", 9000)),
+    "another container": ("standard-kuberay", put("ServingRuntime", f"{RUNTIME}.name", "server")),
+    "another format": ("standard-kuberay", put("InferenceService", "spec.predictor.model.modelFormat.name", "onnx")),
+    "a budget for nobody": (
+        "standard-kuberay",
+        put("PodDisruptionBudget", "spec.selector.matchLabels.baton-part", "router"),
+    ),
+    "an open pod": ("standard-kuberay", put("InferenceService", "spec.predictor.labels.baton-name", "other")),
+    "open to all": ("standard-kuberay", put("NetworkPolicy", "spec.ingress", [{}])),
+    "a metric that is not": (
+        "standard-keda",
+        put("ScaledObject", "spec.triggers.0.metadata.query", 'sum(baton_queue{baton_name="example-llm"})'),
+    ),
+    "a label that is not": (
+        "standard-keda",
+        put("ScaledObject", "spec.triggers.0.metadata.query", 'sum(baton_pool_queue_depth{app="example-llm"})'),
+    ),
+    "labels not carried": ("standard-keda", put("PodMonitor", "spec.podTargetLabels", [])),
+    "KEDA on a RayCluster": ("standard-keda", put("ScaledObject", "spec.scaleTargetRef.kind", "RayCluster")),
+    "fixed replicas": ("standard-keda", put("Deployment", "spec.replicas", 1)),
+    "Knative's canary in Standard": (
+        "standard-kuberay",
+        put("InferenceService", "spec.predictor.canaryTrafficPercent", 9),
+    ),
+    "a canary that scales": (
+        "standard-kuberay canary",
+        put("InferenceService", "spec.canary.0.predictor.maxReplicas", 3),
+    ),
+    "averageValue": (
+        "standard-keda",
+        put("InferenceService", "spec.predictor.autoScaling.metrics.0.external.target", {"averageValue": "5"}),
+    ),
+    "another cluster": (
+        "standard-kuberay",
+        put("InferenceService", "spec.predictor.model.env.0.value", "x-head-svc:6379"),
+    ),
+    "a GPU too few": (
+        "standard-kuberay",
+        put("RayCluster", f"{POD}.containers.0.resources.limits", {"nvidia.com/gpu": "1", "memory": "1Gi"}),
+    ),
+    "another label": ("standard-kuberay", put("RayCluster", f"{WORKERS}.labels.pool", "x")),
+    "invalid settings": ("standard-kuberay", put("ConfigMap", "data", {"settings.yaml": "modle: x"})),
+    "other weights": ("standard-kuberay", put("RayCluster", f"{POD}.initContainers.0.command.2", "s3://m/v0")),
+    "a model elsewhere": ("standard-kuberay", put("RayCluster", f"{POD}.initContainers.0.command.6", "/models")),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMA_MUTATIONS)
+def test_schemas_notice(name: str) -> None:
+    """A wrong field of each kind fails the check by schema."""
+    set_name, mutate = SCHEMA_MUTATIONS[name]
+    before, objects = fresh(set_name), fresh(set_name)
+    mutate(objects)
+    (wrong,) = [item for item, was in zip(objects, before, strict=True) if item != was]
+    if is_custom(wrong) and not CRDS.is_dir():
+        pytest.skip("BATON_CRDS names no folder with CRDs")
+    assert problems(wrong)
+
+
+@pytest.mark.parametrize("name", RULE_MUTATIONS)
+def test_rules_notice(name: str) -> None:
+    """A disagreement that schemas accept fails a rule."""
+    set_name, mutate = RULE_MUTATIONS[name]
+    objects = fresh(set_name)
+    mutate(objects)
+    assert broken(objects)
+
+
+def test_the_files_are_those_of_the_code() -> None:
+    """`deploy/chart/presets` is what `make manifests` writes: there is no second source."""
+    folder = ROOT / "deploy/chart/presets"
+    there = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert there == files(), "run `make manifests`"
+
+
+def test_canaries_in_both_ways() -> None:
+    """Standard mode lists the canary, Knative takes it as the predictor; each has pools of its own."""
+    standard, knative = SETS["standard-kuberay canary"], SETS["knative-kuberay canary"]
+    assert [item["metadata"]["name"] for item in of(standard, "RayCluster")] == ["example-llm-v1", "example-llm-v2"]
+    (service,) = of(standard, "InferenceService")
+    assert [entry["trafficPercent"] for entry in service["spec"]["canary"]] == [10]
+    (service,) = of(knative, "InferenceService")
+    assert service["spec"]["predictor"]["canaryTrafficPercent"] == 10
+    assert service["spec"]["predictor"]["labels"]["baton-revision"] == "v2"
+    (route,) = of(SETS["route canary istio=False"], "HTTPRoute")
+    weights = {ref["name"]: ref["weight"] for ref in route["spec"]["rules"][0]["backendRefs"]}
+    assert weights == {"example-llm-predictor": 95, "example-llm-canary-predictor": 5}
+    assert len(list(predictors(SETS["route canary istio=True"]))) == 2
+
+
+def test_a_revision_is_what_it_is_made_of() -> None:
+    """Without a name: other weights, engine arguments or image are another revision; a front end's limits are not."""
+    base = changed("standard-kuberay", revision=None)
+
+    def name(data: dict[str, Any]) -> str:
+        return str(of(render(parse(data)), "RayCluster")[0]["metadata"]["name"])
+
+    assert re.fullmatch(r"example-llm-[0-9a-f]{8}", name(base))
+    assert name({**base, "front_end": {"max_requests": 9}}) == name(base)
+    others = [
+        changed("standard-kuberay", revision=None, image="x:2"),
+        changed("standard-kuberay", **{**CANARY, "revision": None}),
+    ]
+    others.append({**base, "engine_args": {**base["engine_args"], "max_model_len": 4096}})
+    assert len({name(base), *(name(other) for other in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("kubernetes", "says"),
+    [
+        ({"imag": "x"}, "did you mean `image`"),
+        ({"mode": "knative", "predictor": {"autoscaler": "keda"}}, "Knative scales the predictor itself"),
+        ({"predictor": {"min_replicas": 0}}, "needs mode `knative`"),
+        ({"prefill": {"min_replicas": 3, "max_replicas": 2}}, "prefill.min_replicas is over"),
+        ({"local_model_cache": CACHE}, "local_model_cache needs model_uri"),
+        ({"name": "Not-A-Name"}, "kubernetes.name"),
+    ],
+)
+def test_contradictions_are_told(kubernetes: dict[str, Any], says: str, tmp_path: Path, capsys: Any) -> None:
+    """`baton manifest` says what is wrong with a cluster's settings, and prints nothing."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump({"kubernetes": kubernetes}))
+    assert main(["manifest", "--config", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and says in err
+
+
+def test_the_command_prints_what_is_rendered(tmp_path: Path, capsys: Any) -> None:
+    """`baton manifest --config FILE`, with a canary."""
+    paths = [tmp_path / name for name in ("stable.yaml", "canary.yaml")]
+    paths[0].write_text(yaml.safe_dump(PRESETS["standard-keda"], sort_keys=False))
+    paths[1].write_text(yaml.safe_dump(changed("standard-keda", **CANARY), sort_keys=False))
+    assert main(["manifest", "--config", str(paths[0]), "--canary", str(paths[1]), "--percent", "10"]) == 0
+    assert capsys.readouterr().out == to_yaml(SETS["standard-keda canary"])
+
+
+def test_a_canary_that_is_none() -> None:
+    """The same revision twice, or another service, is refused."""
+    with pytest.raises(ConfigError, match="same revision"):
+        render(config("standard-kuberay"), config("standard-kuberay"), 10)
+    with pytest.raises(ConfigError, match=r"kubernetes\.name differs"):
+        render(config("standard-kuberay"), parse(changed("standard-kuberay", name="other", **CANARY)), 10)

@@ -1,0 +1,117 @@
+"""The chart by Helm and the overlays by kubectl, where these are to be had; the Dockerfile by its text."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kserve_adapter.manifest.presets import PRESETS, config
+from kserve_adapter.manifest.render import render
+from tests.conftest import ROOT
+from tests.deploy.rules import broken, of
+from tests.deploy.schemas import CRDS, is_custom, problems
+
+CHART = ROOT / "deploy/chart"
+NEW = {"name": "my-llm", "image": "registry.example.org/baton:9", "modelUri": "hf://me/model:abc"}
+
+
+def tool(name: str) -> str:
+    """A tool's path; skips where it is not to be had."""
+    found = shutil.which(name) or os.environ.get(f"BATON_{name.upper()}")
+    if not found:
+        pytest.skip(f"no {name}: install it, or name it with BATON_{name.upper()}")
+    return found
+
+
+def run(*command: str) -> str:
+    """What a command prints; it must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+def helm(preset: str, *options: str) -> list[dict[str, Any]]:
+    """The chart's objects."""
+    values = [f"--set={key}={value}" for key, value in {**NEW, "preset": preset}.items()]
+    text = run(tool("helm"), "template", "release", str(CHART), *values, *options)
+    return [item for item in yaml.safe_load_all(text) if item]
+
+
+def check(objects: list[dict[str, Any]]) -> None:
+    """By schema and by rule."""
+    known = [item for item in objects if not is_custom(item) or CRDS.is_dir()]
+    assert not [problem for item in known for problem in problems(item)]
+    assert not broken(objects)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_chart(preset: str) -> None:
+    """Lint finds nothing; every object of the preset is there under the new name, valid, with the new image."""
+    run(tool("helm"), "lint", "--strict", str(CHART), f"--set=preset={preset}")
+    objects = helm(preset)
+    check(objects)
+    kinds = sorted(item["kind"] for item in render(config(preset)))
+    assert sorted(item["kind"] for item in objects) == kinds
+    text = yaml.safe_dump_all(objects)
+    assert "example-" not in text and all(value in text for value in NEW.values())
+
+
+def test_the_charts_patches() -> None:
+    """A value of `patches` is merged over the objects of its kind."""
+    objects = helm("standard-keda", "--set=patches.PodDisruptionBudget.spec.maxUnavailable=2")
+    assert {item["spec"]["maxUnavailable"] for item in of(objects, "PodDisruptionBudget")} == {2}
+    check(objects)
+
+
+@pytest.mark.parametrize("value", ["preset=other", "name=Not-A-Name", "modelUrl=x"])
+def test_the_chart_refuses_wrong_values(value: str) -> None:
+    """An unknown preset, a name that is none, a misspelt value."""
+    done = subprocess.run(
+        [tool("helm"), "template", "x", str(CHART), f"--set={value}"], capture_output=True, timeout=60
+    )
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_overlays(preset: str) -> None:
+    """Each overlay builds, in its namespace, and is valid."""
+    text = run(tool("kubectl"), "kustomize", str(ROOT / "deploy/kustomize" / preset))
+    objects = [item for item in yaml.safe_load_all(text) if item]
+    check(objects)
+    assert {item["metadata"].get("namespace") for item in of(objects, "ConfigMap", "InferenceService")} == {"models"}
+
+
+def test_every_preset_has_an_overlay() -> None:
+    """None more, none less."""
+    assert {path.parent.name for path in ROOT.glob("deploy/kustomize/*/kustomization.yaml")} == set(PRESETS)
+
+
+def stages() -> dict[str, list[str]]:
+    """The Dockerfile's instructions by stage."""
+    text = (ROOT / "deploy/Dockerfile").read_text().replace("\\\n", " ")
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if match := re.match(r"FROM \S+ AS (\w+)", line):
+            found[match[1]] = []
+        elif found and line.strip() and not line.startswith("#"):
+            found[list(found)[-1]].append(line)
+    return found
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_the_images(target: str) -> None:
+    """Both targets copy what exists and all five packages, and end as the user that the manifests run."""
+    lines = stages()[target]
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert all((ROOT / path).exists() for path in copied)
+    packages = {"runtime", "prefill", "decode", "kv_transfer", "kserve_adapter"}
+    assert packages <= {Path(path).name for path in copied}
+    assert [line for line in lines if line.startswith("USER ")][-1] == "USER 1000:1000"
+    assert "--uid 1000" in " ".join(stages()["base"])
