@@ -77,6 +77,7 @@ docs: ## write the settings, the metrics and the PrometheusRule from their sourc
 	@$(PY) -m runtime.config_reference > docs/configuration.md
 	@$(PY) -m runtime.metric_reference > docs/metrics.md
 	@$(PY) scripts/prometheus_rule.py > deploy/alerts/prometheusrule.yaml
+	@$(PY) -m kserve_adapter.manifest.reference > docs/kubernetes.md
 
 lock: ## resolve requirements/*.lock anew (needs uv)
 	uv pip compile requirements/cpu.in --override requirements/overrides.txt --generate-hashes --python-version 3.11 \

@@ -18,16 +18,17 @@ This page is generated from the code by `make docs`.
 
 def reference() -> str:
     """The page, in Markdown."""
-    return "\n".join([HEAD, *_rows(Config, "")]) + "\n"
+    return "\n".join([HEAD, *rows(Config, "")]) + "\n"
 
 
-def _rows(model: type[Settings], prefix: str) -> Iterator[str]:
+def rows(model: type[Settings], prefix: str) -> Iterator[str]:
+    """The table of a record's settings, those of its parts with the part's name before them."""
     for name, field in model.model_fields.items():
         annotation = field.annotation
         key = f"{prefix}{name}"
         if isinstance(annotation, type) and issubclass(annotation, Settings):
             yield f"| **`{key}`** | | {field.description} |"
-            yield from _rows(annotation, f"{key}.")
+            yield from rows(annotation, f"{key}.")
         else:
             default = field.get_default(call_default_factory=True)
             yield f"| `{key}` | `{default!r}` | {field.description} |"

@@ -29,6 +29,7 @@ def add_canary(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         for field in fields(JudgeSettings):
             kind = int if field.name == "min_requests" else float
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, metavar="N")
+        parser.add_argument("--step-s", type=int, default=60, metavar="N", help="compare speeds over so many seconds")
     judging.add_argument("--minutes", type=float, default=60.0, help="look at so much of the past (default: 60)")
     watching.add_argument("--hours", type=float, default=24.0, help="how long to watch at most (default: 24)")
     watching.add_argument("--every-s", type=float, default=60.0, help="seconds between looks (default: 60)")
@@ -89,7 +90,7 @@ def _look(arguments: argparse.Namespace, minutes: float) -> Judgement:
     server = Prometheus(arguments.prometheus)
     settings = JudgeSettings(**{field.name: getattr(arguments, field.name) for field in fields(JudgeSettings)})
     stable, canary = (
-        server.evidence(f'baton_name="{arguments.name}",baton_revision="{revision}"', minutes * 60)
+        server.evidence(f'baton_name="{arguments.name}",baton_revision="{revision}"', minutes * 60, arguments.step_s)
         for revision in (arguments.stable, arguments.canary)
     )
     return judge(stable, canary, minutes, settings)

@@ -64,7 +64,7 @@ class Evidence:
         errors: those that failed.
         ttft: time to first token.
         itl: time between tokens.
-        speeds: output tokens per second of decoding, one value a minute.
+        speeds: output tokens per second of decoding, one value for each step of time, 0 for none.
     """
 
     requests: float
@@ -184,13 +184,13 @@ def _latency(
 
 
 def _speed(stable: Evidence, canary: Evidence, alpha: float, settings: JudgeSettings) -> Finding:
-    """Minute by minute, so that what slows both counts for neither."""
+    """Step by step of time, so that what slows both counts for neither."""
     pairs = [(new, old) for new, old in zip(canary.speeds, stable.speeds, strict=True) if new > 0 and old > 0]
     ratios = tuple(math.log(new / old) for new, old in pairs)
     margin = math.log(1 - settings.speed_margin)
     if not ratios:
-        return Finding("throughput", Verdict.HOLD, "no minute in which both served")
-    told = f"{math.exp(sum(ratios) / len(ratios)):.2f} of stable's tokens per second, over {len(ratios)} minutes"
+        return Finding("throughput", Verdict.HOLD, "no time in which both served")
+    told = f"{math.exp(sum(ratios) / len(ratios)):.2f} of stable's tokens per second, over {len(ratios)} steps of time"
     if mean(ratios, alpha).high < margin:
         return Finding("throughput", Verdict.ROLLBACK, told)
     if mean(ratios, settings.beta).low > margin:

@@ -16,7 +16,7 @@ CARRIED = ("baton-name", "baton-revision")
 
 
 def service_account(settings: KubernetesSettings) -> Object:
-    """The account of all pods. It may do nothing: KubeRay gives its autoscaler one of its own."""
+    """The account of all pods but a head with an autoscaler, which has KubeRay's. It may do nothing."""
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",
@@ -128,6 +128,8 @@ def monitors(settings: KubernetesSettings) -> list[Object]:
                 "spec": {
                     "selector": selector,
                     "podTargetLabels": list(CARRIED),
+                    # In the OpenMetrics format the colon of vLLM's names becomes `_`, and queries miss them.
+                    "scrapeProtocols": ["PrometheusText0.0.4"],
                     "podMetricsEndpoints": [endpoint],
                 },
             }

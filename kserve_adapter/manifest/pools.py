@@ -70,12 +70,13 @@ def _head(settings: KubernetesSettings, revision: str, settings_map: str) -> Obj
         "volumeMounts": [*mounts, *more_mounts],
     }
     spec = {
-        "serviceAccountName": settings.name,
         "securityContext": POD_SECURITY,
         "terminationGracePeriodSeconds": settings.termination_s,
         "containers": [container],
         "volumes": [*volumes, *more_volumes],
     }
+    if settings.pools == "deployments":  # else KubeRay makes an account for the autoscaler beside the head
+        spec |= {"serviceAccountName": settings.name, "automountServiceAccountToken": False}
     return {
         # Nothing of the pools lands on the head: it has no CPUs to give, and no label of a pool.
         "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0", "metrics-export-port": str(RAY_METRICS_PORT)},  # noqa: S104

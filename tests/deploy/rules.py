@@ -181,6 +181,8 @@ def queries_name_what_exists(objects: Objects) -> Iterator[str]:
     for item in of(objects, "PodMonitor"):
         if item["spec"].get("podTargetLabels") != list(CARRIED):
             yield f"PodMonitor {item['metadata']['name']} does not carry {CARRIED} over"
+        if item["spec"].get("scrapeProtocols") != ["PrometheusText0.0.4"]:
+            yield f"PodMonitor {item['metadata']['name']} takes a format that changes vLLM's names"
     names = {labels["baton-name"] for _, _, labels in pod_templates(objects)}
     for query in queries(objects):
         (metric,) = re.findall(r"([a-z_:]+)\{", query)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from kserve_adapter.manifest.presets import PRESETS, config, files
+from kserve_adapter.manifest.reference import reference
 from kserve_adapter.manifest.render import render, to_yaml
 from runtime.cli import main
 from runtime.config import parse
@@ -166,6 +167,7 @@ RULE_MUTATIONS = {
         put("ScaledObject", "spec.triggers.0.metadata.query", 'sum(baton_pool_queue_depth{app="example-llm"})'),
     ),
     "labels not carried": ("standard-keda", put("PodMonitor", "spec.podTargetLabels", [])),
+    "a format that renames": ("standard-keda", put("PodMonitor", "spec.scrapeProtocols", None)),
     "KEDA on a RayCluster": ("standard-keda", put("ScaledObject", "spec.scaleTargetRef.kind", "RayCluster")),
     "fixed replicas": ("standard-keda", put("Deployment", "spec.replicas", 1)),
     "Knative's canary in Standard": (
@@ -221,6 +223,11 @@ def test_the_files_are_those_of_the_code() -> None:
     folder = ROOT / "deploy/chart/presets"
     there = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
     assert there == files(), "run `make manifests`"
+
+
+def test_the_reference_is_up_to_date() -> None:
+    """`make docs` was run after the last change of a setting."""
+    assert (ROOT / "docs/kubernetes.md").read_text() == reference()
 
 
 def test_canaries_in_both_ways() -> None:

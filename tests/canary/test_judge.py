@@ -1,0 +1,157 @@
+"""`baton canary` on a real Prometheus that scrapes five revisions under simulated traffic."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+
+from kserve_adapter.canary.command import EXIT
+from kserve_adapter.canary.judge import Verdict
+from tests.conftest import ROOT, free_port, wait_for
+
+BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+WATCH_S, STEP_S = 90, 2
+REVISIONS: dict[str, dict[str, float]] = {
+    "stable": {},
+    "good": {},
+    "failing": {"error": 0.05},
+    "late": {"ttft": 0.6},
+    "slow": {"speed": 25.0},
+    "idle": {"requests": 0},
+}
+
+
+class Revision:
+    """A front end's metrics under vLLM's names, and traffic that moves them."""
+
+    def __init__(self, name: str, *, error: float = 0.0, ttft: float = 0.15, speed: float = 40.0, requests: float = 30):
+        self.port = free_port()
+        self._chance = random.Random(name)
+        self._error, self._ttft, self._speed, self._requests = error, ttft, speed, int(requests)
+        registry = CollectorRegistry()
+        self._ended = Counter("vllm:request_success", "x", ["finished_reason"], registry=registry)
+        self._tokens = Counter("vllm:generation_tokens", "x", registry=registry)
+        self._first = Histogram("vllm:time_to_first_token_seconds", "x", buckets=BUCKETS, registry=registry)
+        self._gaps = Histogram("vllm:inter_token_latency_seconds", "x", buckets=BUCKETS, registry=registry)
+        self._decode = Histogram("vllm:request_decode_time_seconds", "x", registry=registry)
+        self._server, _ = start_http_server(self.port, "127.0.0.1", registry)
+
+    def tick(self) -> None:
+        """A fifth of a second of traffic."""
+        for _ in range(self._requests):
+            failed = self._chance.random() < self._error
+            self._ended.labels("error" if failed else "length").inc()
+            self._first.observe(self._ttft * self._chance.lognormvariate(0, 0.3))
+            self._gaps.observe(0.02 * self._chance.lognormvariate(0, 0.2))
+            self._tokens.inc(50)
+            self._decode.observe(50 / self._speed * self._chance.lognormvariate(0, 0.1))
+
+    def close(self) -> None:
+        """No more scrapes."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Prometheus that has watched all revisions for a while."""
+    binary = shutil.which("prometheus")
+    if not binary:
+        pytest.skip("no prometheus: install it (Debian has a package)")
+    folder = tmp_path_factory.mktemp("prometheus")
+    revisions = {name: Revision(name, **how) for name, how in REVISIONS.items()}
+    targets = [
+        {"targets": [f"127.0.0.1:{revision.port}"], "labels": {"baton_name": "llm", "baton_revision": name}}
+        for name, revision in revisions.items()
+    ]
+    scrape = {"job_name": "baton", "scrape_interval": "500ms", "scrape_timeout": "500ms", "static_configs": targets}
+    (folder / "prometheus.yml").write_text(yaml.safe_dump({"scrape_configs": [scrape]}))
+    port = free_port()
+    command = [binary, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    with (folder / "log").open("wb") as log:
+        command.append(f"--web.listen-address=127.0.0.1:{port}")
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    over = threading.Event()
+    traffic = threading.Thread(target=drive, args=(list(revisions.values()), over))
+    try:
+        assert wait_for(lambda: ready(url), 60), (folder / "log").read_text()
+        traffic.start()
+        time.sleep(WATCH_S)
+        yield url
+    finally:
+        over.set()
+        traffic.join()
+        process.terminate()
+        process.wait(20)
+        for revision in revisions.values():
+            revision.close()
+
+
+def drive(revisions: list[Revision], over: threading.Event) -> None:
+    """Traffic on all revisions until told to stop."""
+    while not over.wait(0.2):
+        for revision in revisions:
+            revision.tick()
+
+
+def ready(url: str) -> bool:
+    """Whether Prometheus answers."""
+    try:
+        return httpx.get(f"{url}/-/ready", timeout=2).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def baton_canary(action: str, url: str, canary: str, *options: str) -> tuple[int, dict[str, Any], str]:
+    """The command's exit status, its last line and its errors."""
+    command = [sys.executable, "-m", "runtime.cli", "canary", action, "--prometheus", url, "--name", "llm"]
+    command += ["--stable", "stable", "--canary", canary, "--step-s", str(STEP_S), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return done.returncode, json.loads((done.stdout.splitlines() or ["{}"])[-1]), done.stderr
+
+
+MINUTES = ("--minutes", str((WATCH_S - 5) / 60), "--min-minutes", "1")
+
+
+@pytest.mark.parametrize(
+    ("canary", "verdict", "reason"),
+    [
+        ("good", Verdict.PROMOTE, "errors"),
+        ("failing", Verdict.ROLLBACK, "errors"),
+        ("late", Verdict.ROLLBACK, "p99 TTFT"),
+        ("slow", Verdict.ROLLBACK, "throughput"),
+        ("idle", Verdict.HOLD, "0 and"),
+        ("unknown", Verdict.HOLD, "0 and"),
+    ],
+)
+def test_judge(prometheus: str, canary: str, verdict: Verdict, reason: str) -> None:
+    """The good one is promoted, each bad one rolled back for its own fault, too little evidence is held."""
+    status, told, err = baton_canary("judge", prometheus, canary, *MINUTES)
+    assert status == EXIT[verdict], (told, err)
+    assert told["verdict"] == verdict.value
+    assert told["reasons"][0].startswith(reason), told
+
+
+def test_watch_ends_at_a_rollback(prometheus: str) -> None:
+    """It looks until it is decided."""
+    status, told, err = baton_canary("watch", prometheus, "failing", "--every-s", "1", "--min-minutes", "1")
+    assert status == EXIT[Verdict.ROLLBACK], (told, err)
+
+
+def test_without_prometheus(prometheus: str) -> None:
+    """No evidence is no verdict."""
+    status, told, err = baton_canary("judge", f"http://127.0.0.1:{free_port()}", "good")
+    assert status == 1 and not told and "baton: " in err
