@@ -31,9 +31,6 @@ PARAMETERS = frozenset(
 PROTOCOL_PARAMETERS = frozenset(("binary_data_output", "binary_data_size", "content_type"))
 """Parameters of the v2 protocol itself, which say nothing to the model."""
 
-FORWARDED = ("authorization", "x-api-key", "x-request-id")
-"""Headers (gRPC: metadata) that go with each prompt."""
-
 RETURNED = ("retry-after", "www-authenticate", "x-baton-refusal")
 """Headers of a refusal that a REST client gets back."""
 
@@ -44,6 +41,7 @@ GRPC_STATUS = {
     413: StatusCode.RESOURCE_EXHAUSTED,
     429: StatusCode.RESOURCE_EXHAUSTED,
     503: StatusCode.UNAVAILABLE,
+    504: StatusCode.DEADLINE_EXCEEDED,
 }
 """gRPC's status for each HTTP status of the front end; any other is INTERNAL."""
 
@@ -111,7 +109,10 @@ class BatonModel(Model):  # type: ignore[misc]  # KServe is untyped
             InvalidInput: what was sent has not the shape of the protocol.
             NotServed: the front end refused a prompt or failed at it.
         """
-        sent = {name: value for name, value in (headers or {}).items() if name.lower() in FORWARDED}
+        # Credentials, the request's id, priority, deadline and tenant go with each prompt.
+        sent = {
+            name: value for name, value in (headers or {}).items() if name.lower().startswith(("authorization", "x-"))
+        }
         if isinstance(payload, InferRequest):
             texts = await self._generate(v2_prompts(payload), sent)
             return v2_response(self.name, payload, texts)

@@ -32,7 +32,7 @@ from starlette.types import Receive, Scope, Send
 
 from kserve_adapter.model import BatonModel, NotServed
 from kserve_adapter.whole_request import WholeRequest
-from runtime.errors import STATUS, openai_body
+from runtime.errors import STATUS, Refusal, openai_body, retry_after
 
 if TYPE_CHECKING:
     from runtime.frontend import FrontEnd
@@ -97,9 +97,9 @@ class OpenAI:
         if self._model.asgi is not None:
             await self._model.asgi(scope, receive, send)
             return
-        body = openai_body("starting", f"The model {self._model.name} is not ready.")
-        headers = {"x-baton-refusal": "starting", "retry-after": "5"}
-        await JSONResponse(body, STATUS["starting"], headers)(scope, receive, send)
+        refusal = Refusal("starting", f"The model {self._model.name} is not ready.", retry_after_s=5)
+        headers = {"x-baton-refusal": refusal.reason, "retry-after": str(retry_after(refusal))}
+        await JSONResponse(openai_body(refusal), STATUS[refusal.reason], headers)(scope, receive, send)
 
 
 class Server(ModelServer):  # type: ignore[misc]
