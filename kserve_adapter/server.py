@@ -137,6 +137,8 @@ class Server(ModelServer):  # type: ignore[misc]
 
     def run(self) -> int:
         """Serve until SIGINT or SIGTERM; returns the exit status, 1 after a start that failed."""
+        # KServe tries to import its own OpenAI routes, which takes long and fails with this vLLM: let it fail at once.
+        sys.modules["kserve.protocol.rest.openai.config"] = None  # type: ignore[assignment]
         app.add_middleware(WholeRequest, max_body_bytes=self._max_body_bytes)
         app.add_exception_handler(NotServed, _refused)
         for prefix in {OPENAI_PREFIX, self._prefix} - {""}:
