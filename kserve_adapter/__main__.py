@@ -20,6 +20,7 @@ from kserve_adapter.revision import Revision, revision_name
 from kserve_adapter.server import OPENAI_PREFIX, Server
 from runtime.config import Config, load, parse
 from runtime.errors import ConfigError
+from runtime.scaling_follower import SCALER
 
 if TYPE_CHECKING:
     from runtime.frontend import FrontEnd
@@ -93,9 +94,10 @@ def main(argv: list[str] | None = None) -> int:
 
     async def start() -> FrontEnd:
         handles = await revision.open()
+        scaler = handles.pop(SCALER)
         # vLLM takes its time to import, and probes are to be answered meanwhile.
         front_end = await asyncio.to_thread(__import__, "runtime.frontend", fromlist=["start_front_end"])
-        started: FrontEnd = await revision.unless_it_fails(front_end.start_front_end(config, handles))
+        started: FrontEnd = await revision.unless_it_fails(front_end.start_front_end(config, handles, scaler))
         return started
 
     server = Server(

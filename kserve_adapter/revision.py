@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from kserve_adapter import keeper
 from kserve_adapter.ray_node import RayNode, StartFailed
 from runtime.config import ROLES, Config
+from runtime.scaling_follower import SCALER
 from runtime.serving import start_ray
 
 logger = logging.getLogger("baton.revision")
@@ -64,7 +65,7 @@ class Revision:
         self._heart: asyncio.Task[None] | None = None
 
     async def open(self) -> dict[str, DeploymentHandle]:
-        """Join the cluster, have the application deployed if it is not there; the handle of each role.
+        """Join the cluster, have the application deployed if it is not there; handles of roles and scaler.
 
         Raises:
             StartFailed: no cluster, or an application of this name with other settings.
@@ -77,7 +78,7 @@ class Revision:
         """The deployments appear some time after their application."""
         while True:
             with contextlib.suppress(KeyError):
-                return {role: serve.get_deployment_handle(role, self.config.name) for role in ROLES}
+                return {role: serve.get_deployment_handle(role, self.config.name) for role in (*ROLES, SCALER)}
             await asyncio.sleep(POLL_S)
 
     async def _open(self) -> None:

@@ -74,10 +74,10 @@ def build_pools(args: dict[str, str]) -> Application:
 
 
 def pools_application(config: Config) -> Application:
-    """Both pools as one Serve application, for front ends that live outside of it."""
+    """Both pools and the scaler as one Serve application, for front ends that live outside of it."""
     pools = {role: _pool(config, role) for role in ROLES}
     revision = serve.deployment(Revision, name="revision", num_replicas=1, ray_actor_options={"num_cpus": 0})
-    return revision.bind(**pools)
+    return revision.bind(scaler=scaler(config, several=True), **pools)
 
 
 def _pool(config: Config, role: Role) -> Application:
@@ -122,8 +122,8 @@ def placement(config: Config, role: Role) -> dict[str, Any]:
 class Revision:
     """What Serve takes for the application's ingress when the front ends are elsewhere: it holds the pools together."""
 
-    def __init__(self, prefill: DeploymentHandle, decode: DeploymentHandle) -> None:
-        self.pools = {"prefill": prefill, "decode": decode}
+    def __init__(self, prefill: DeploymentHandle, decode: DeploymentHandle, scaler: DeploymentHandle) -> None:
+        self.parts = (prefill, decode, scaler)
 
 
 class _Delegate:

@@ -95,9 +95,13 @@ def _log_change(before: Answer | None, after: Answer) -> None:
             logger.info("%s pool: %d workers (%s: %s)", pool, now.workers, now.reason, now.why)
 
 
-def scaler(config: Config) -> Application | None:
-    """The scaler's part of the application; None for one front end that does not scale."""
-    if config.scaling_policy() is None and config.front_end.replicas == 1:
+def scaler(config: Config, *, several: bool = False) -> Application | None:
+    """The scaler's part of the application; None for one front end that does not scale.
+
+    Args:
+        several: there may be more front ends than the settings say.
+    """
+    if config.scaling_policy() is None and config.front_end.replicas == 1 and not several:
         return None
     deployment = serve.deployment(
         Scaler,

@@ -60,7 +60,9 @@ def start_ray(address: str | None) -> None:
     import ray
 
     if address is None:
-        ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False, configure_logging=False)
+        # "local": without an address Ray would look for a cluster of this machine, and wait for one that is long gone.
+        here = {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        ray.init(**here, log_to_driver=False, configure_logging=False)
     else:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
 

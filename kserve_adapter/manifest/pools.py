@@ -160,10 +160,9 @@ def _scaled_object(settings: KubernetesSettings, revision: str, role: Role) -> O
     pods: PoolPods = getattr(settings, role)
     name = f"{cluster_name(settings, revision)}-{role}"
     scope = f'pool="{role}",baton_name="{settings.name}",baton_revision="{revision}"'
-    # Every front end exports its own view of the pool: the same number, so the largest; its own queue, so the sum.
-    query, threshold = f"max({DESIRED}{{{scope}}})", 1
-    if settings.signal == "queue":
-        query, threshold = f"sum({QUEUE}{{{scope}}})", QUEUE_THRESHOLD
+    # Every front end exports the whole pool's numbers, as the scaler told it: not a sum.
+    metric, threshold = (DESIRED, 1) if settings.signal == "desired" else (QUEUE, QUEUE_THRESHOLD)
+    query = f"max({metric}{{{scope}}})"
     metadata: dict[str, Any] = {
         "serverAddress": settings.prometheus_url,
         "query": query,

@@ -9,8 +9,8 @@ import yaml
 
 from kserve_adapter.manifest import guards, serving
 from kserve_adapter.manifest.pods import MODEL_DIR, Object
-from kserve_adapter.manifest.pools import cluster_name, pool_label, pools
-from kserve_adapter.manifest.settings import KubernetesSettings, kubernetes_settings
+from kserve_adapter.manifest.pools import QUEUE_THRESHOLD, cluster_name, pool_label, pools
+from kserve_adapter.manifest.settings import KubernetesSettings, PoolPods, kubernetes_settings
 from runtime.config import ROLES, Config
 from runtime.errors import ConfigError
 
@@ -82,11 +82,23 @@ def _in_cluster(settings: KubernetesSettings, config: Config, revision: str) -> 
     if settings.api_keys_secret:
         data["front_end"] = {**data.get("front_end", {}), "api_keys_env": "BATON_API_KEYS"}
     if settings.pools != "embedded":
+        data["scaling"] = _scaling(settings, data.get("scaling", {}))
         for role in ROLES:
             pool = dict(data.get(role, {}))
             pool["label_selector"] = {**pool_label(role), **pool.get("label_selector", {})}
             data[role] = pool
     return data
+
+
+def _scaling(settings: KubernetesSettings, given: Object) -> Object:
+    """The bounds of the pods are the bounds of the workers, and with KEDA's simple rule the rule is theirs too."""
+    made = dict(given)
+    for role in ROLES:
+        pods: PoolPods = getattr(settings, role)
+        made[role] = {"min": pods.min_replicas, "max": pods.max_replicas, **given.get(role, {})}
+    if settings.pools == "deployments" and settings.signal == "queue":
+        made |= {"rule": "queue_depth", "queue_depth": float(QUEUE_THRESHOLD)}
+    return made
 
 
 def _of_one_service(stable: KubernetesSettings, canary: KubernetesSettings) -> KubernetesSettings:

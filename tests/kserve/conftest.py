@@ -92,7 +92,14 @@ def predictor(folder: Path, settings: dict[str, Any], *options: str, mark: str |
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "BATON_API_KEYS": KEY, "PYTHONFAULTHANDLER": "1", MARK: mark},
+            env={
+                **os.environ,
+                **({} if own else ray_folder(mark)),
+                "PYTHONPATH": str(ROOT),
+                "BATON_API_KEYS": KEY,
+                "PYTHONFAULTHANDLER": "1",
+                MARK: mark,
+            },
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -111,6 +118,11 @@ def predictor(folder: Path, settings: dict[str, Any], *options: str, mark: str |
             process.wait()
         if own:
             kill_marked(mark)
+
+
+def ray_folder(mark: str) -> dict[str, str]:
+    """`ray start` leaves its cluster's address for others to find: in a folder of the test's own."""
+    return {"RAY_TMPDIR": f"/tmp/ray-{mark[:8]}"}
 
 
 def kill_marked(mark: str) -> None:
@@ -144,7 +156,13 @@ def ray_head() -> Iterator[tuple[str, str]]:
     command += ["--node-ip-address=127.0.0.1", "--num-cpus=4", "--include-dashboard=false", "--disable-usage-stats"]
     process = subprocess.Popen(
         command,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_process_group_cleanup_enabled": "1", MARK: mark},
+        env={
+            **os.environ,
+            **ray_folder(mark),
+            "PYTHONPATH": str(ROOT),
+            "RAY_process_group_cleanup_enabled": "1",
+            MARK: mark,
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
