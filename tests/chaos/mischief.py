@@ -10,6 +10,8 @@ import time
 from collections import Counter
 from contextlib import suppress
 
+import psutil
+
 from tests.conftest import Server
 from tests.pools import ROLES, Pools
 
@@ -44,9 +46,10 @@ class Mischief:
             self.done["replica"] += 1
 
     def kill_front_end(self) -> None:
-        """SIGKILL of a front end, unless it is the last."""
-        pids = self._victims("front-end")
-        if pids and len(self._server.pids("front-end")) > 1:
+        """SIGKILL of a front end, unless it is the only one that listens."""
+        listening = [pid for pid in self._server.pids("front-end") if _listens(pid)]
+        pids = [pid for pid in self._victims("front-end") if pid in listening]
+        if pids and len(listening) > 1:
             self.front_end_deaths.append(time.monotonic())
             self._signal(self._chance.choice(pids), signal.SIGKILL)
             self.done["front end"] += 1
@@ -98,3 +101,10 @@ class Mischief:
     def _signal(self, pid: int, number: int) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def _listens(pid: int) -> bool:
+    """Whether a front end is up: until then its process is there, but nothing connects to it."""
+    with suppress(psutil.Error):
+        return any(socket.status == psutil.CONN_LISTEN for socket in psutil.Process(pid).net_connections("tcp"))
+    return False
