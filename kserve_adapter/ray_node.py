@@ -16,7 +16,7 @@ from runtime.errors import BatonError
 logger = logging.getLogger("baton.ray_node")
 
 STARTED = "Ray runtime started"
-ATTEMPT_S, PAUSE_S, STOP_S = 60.0, 2.0, 30.0
+PAUSE_S, STOP_S = 2.0, 30.0
 
 
 class StartFailed(BatonError):
@@ -36,12 +36,12 @@ class RayNode:
 
     def __init__(self, address: str, timeout_s: float = 300.0) -> None:
         deadline = time.monotonic() + timeout_s
-        while not self._start(address):
+        while not self._start(address, deadline):
             if time.monotonic() > deadline:
                 raise StartFailed(f"no Ray cluster at {address} for {timeout_s:g} s: {' / '.join(self._told)}")
             time.sleep(PAUSE_S)
 
-    def _start(self, address: str) -> bool:
+    def _start(self, address: str, deadline: float) -> bool:
         self._told: deque[str] = deque(maxlen=5)
         self._settled = threading.Event()
         self._up = False
@@ -55,20 +55,22 @@ class RayNode:
             text=True,
             env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         )
-        threading.Thread(target=self._read, daemon=True).start()
-        self._settled.wait(ATTEMPT_S)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._settled.wait(max(PAUSE_S, deadline - time.monotonic()))  # it gives up by itself where nobody answers
         if not self._up:
             self.stop()
         return self._up
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.strip():
-                self._told.append(line.strip())
-            if STARTED in line:
-                self._up = True
-                self._settled.set()
+        with self._process.stdout as lines:
+            for line in lines:
+                if line.strip():
+                    self._told.append(line.strip())
+                if STARTED in line:
+                    self._up = True
+                    self._settled.set()
         self._settled.set()
 
     def stop(self) -> None:
@@ -79,3 +81,4 @@ class RayNode:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._reader.join(STOP_S)

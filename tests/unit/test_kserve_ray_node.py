@@ -1,0 +1,45 @@
+"""A predictor's own node of the Ray cluster, with a stand-in for the `ray` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kserve_adapter import ray_node
+from kserve_adapter.ray_node import RayNode, StartFailed
+
+
+def stand_in(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `ray` be a shell script."""
+    command = folder / "ray"
+    command.write_text(f"#!/bin/sh\n{script}\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(ray_node.sys, "executable", str(folder / "python"))
+    monkeypatch.setattr(ray_node, "PAUSE_S", 0.1)
+
+
+def test_a_head_that_comes_later_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused twice, up at the third attempt, and ended by `stop`."""
+    count = tmp_path / "count"
+    script = f'echo x >> {count}; [ $(wc -l < {count}) -lt 3 ] && exit 1; echo "Ray runtime started."; exec sleep 100'
+    stand_in(tmp_path, script, monkeypatch)
+    node = RayNode("head:6379", timeout_s=30)
+    assert count.read_text().count("x") == 3
+    node.stop()
+    assert node._process.poll() is not None
+
+
+def test_a_slow_start_is_not_taken_for_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that takes its time is left alone: one attempt."""
+    count = tmp_path / "count"
+    stand_in(tmp_path, f'echo x >> {count}; sleep 2; echo "Ray runtime started."; exec sleep 100', monkeypatch)
+    RayNode("head:6379", timeout_s=30).stop()
+    assert count.read_text().count("x") == 1
+
+
+def test_no_head_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given up after the time, with the command's last words."""
+    stand_in(tmp_path, "echo nobody there; exit 1", monkeypatch)
+    with pytest.raises(StartFailed, match="nobody there"):
+        RayNode("head:6379", timeout_s=0.5)
