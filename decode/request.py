@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from kv_transfer.grammar import GRAMMAR_MADE
 from kv_transfer.handoff import KV_PARAMS, Handoff
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
+
+NOT_FOR_CLIENTS = frozenset({KV_PARAMS, "ec_transfer_params", "kv_cache_report_mode", GRAMMAR_MADE})
+"""Extra arguments of sampling parameters that vLLM's engine, or Baton's part of it, obeys. Clients reach them by
+`vllm_xargs`."""
 
 
 def decode_leg(request: EngineCoreRequest, leg_id: str, handoff: Handoff | None) -> EngineCoreRequest:
@@ -44,12 +49,16 @@ def release_leg(handoff: Handoff, leg_id: str) -> EngineCoreRequest:
     )
 
 
-def without_kv_params(params: SamplingParams) -> SamplingParams:
-    """`params` without KV transfer parameters: a client's own could name a host, or kill an engine by an assertion."""
-    if not params.extra_args or KV_PARAMS not in params.extra_args:
+def without_engine_args(params: SamplingParams) -> SamplingParams:
+    """`params` without the extra arguments that only Baton may give to an engine.
+
+    A client's own KV parameters could name a host, or kill an engine by an assertion.
+    """
+    extra = params.extra_args or {}
+    if not extra.keys() & NOT_FOR_CLIENTS:
         return params
     stripped = params.clone()
-    stripped.extra_args = {key: value for key, value in params.extra_args.items() if key != KV_PARAMS} or None
+    stripped.extra_args = {key: value for key, value in extra.items() if key not in NOT_FOR_CLIENTS} or None
     return stripped
 
 

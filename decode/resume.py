@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from kv_transfer.grammar import GRAMMAR_MADE
+
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
@@ -21,8 +23,6 @@ def why_not_resumable(request: EngineCoreRequest) -> str | None:
     params = request.sampling_params
     if params is None or request.prompt_token_ids is None or request.prompt_embeds is not None:
         return "its prompt is not made of tokens"
-    if params.structured_outputs is not None:
-        return "its grammar can't be continued in the middle"
     return None
 
 
@@ -52,6 +52,8 @@ def _params_after(params: SamplingParams, made: list[int]) -> SamplingParams:
     if rest.max_tokens is not None:
         rest.max_tokens -= len(made)
     rest.min_tokens = max(0, rest.min_tokens - len(made))
+    if rest.structured_outputs is not None:
+        rest.extra_args = {**(rest.extra_args or {}), GRAMMAR_MADE: len(made)}
     rest.prompt_logprobs = None  # they went to the client with the first token
     if rest.seed is not None:
         rest.seed += len(made)  # or the random numbers of the first tokens would come again

@@ -18,8 +18,9 @@ class DecodeWorker(EngineWorker):
         await self.start(EngineSettings.model_validate(settings))
         await self.export_metrics()
 
-    async def release(self, engine_id: str | None, handoffs: list[dict[str, Any]]) -> None:
+    async def release(self, engine_id: str | None, token: str, handoffs: list[dict[str, Any]]) -> None:
         """Release handoffs for a prefill worker whose front end died; `None` means any decode worker."""
+        self._check(engine_id, token)
         for params in handoffs:
             handoff = Handoff.from_params(params)
             await self.engine.add(release_leg(handoff, f"{handoff.leg_id}-orphan"))

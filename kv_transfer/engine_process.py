@@ -7,6 +7,8 @@ engines start in a worker thread.)
 
 *Don't spin.* A model worker polls for its next step for a whole second before it sleeps. Where the engines of both
 pools share a few cores, an idle decode engine would so take its core from a prefill that computes.
+
+*Take up grammars in the middle* (`kv_transfer.grammar`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+
+from kv_transfer import grammar
 
 WATCH_ENV = "BATON_WATCH_PARENT"
 SPIN_ENV = "BATON_SPIN_S"
@@ -27,6 +31,7 @@ def install() -> None:
         return
     parent = os.getppid()
     threading.Thread(target=_watch, args=(parent,), name="baton-parent-watch", daemon=True).start()
+    grammar.install()
     if spin := os.environ.get(SPIN_ENV):
         _shorten_spin(float(spin))
 

@@ -18,6 +18,10 @@ OUTSTANDING = Gauge("baton_handoffs_outstanding", "Finished prefills whose block
 RELEASED = Counter(
     "baton_handoffs_released_total", "Handoffs released because nobody would pull them, by reason.", ["reason"]
 )
+EXPIRED = Counter(
+    "baton_handoffs_expired_total",
+    "Handoffs that could not be released before their lease had run out: there was no decode worker to do it.",
+)
 SETTLED_SECONDS = Histogram(
     "baton_handoff_seconds",
     "From the end of a prefill until its blocks were pulled or released.",
@@ -35,10 +39,12 @@ class Ledger:
     Args:
         send: has a decode engine release a handoff.
         on_settled: called with each handoff that was pulled or released, or whose engine died.
+        lease_s: after so long a prefill engine frees the blocks itself.
     """
 
-    def __init__(self, send: Send, on_settled: Callable[[Handoff], None]) -> None:
+    def __init__(self, send: Send, on_settled: Callable[[Handoff], None], lease_s: float) -> None:
         self._send = send
+        self._lease_s = lease_s
         self._on_settled = on_settled
         self._since: dict[Handoff, float] = {}
         self._owed: dict[Handoff, str] = {}  # to be released as soon as somebody can, and why
@@ -62,10 +68,14 @@ class Ledger:
         else:
             self._owed[handoff] = reason
 
-    def retry(self) -> None:
-        """Release what could not be released before."""
+    def tidy(self) -> None:
+        """Release what could not be released before, and strike off what the lease has settled meanwhile."""
         for handoff, reason in list(self._owed.items()):
-            self.release(handoff, reason)
+            if time.monotonic() - self._since[handoff] > self._lease_s:
+                EXPIRED.inc()
+                self._close(handoff, "expired")
+            else:
+                self.release(handoff, reason)
 
     def forget(self, engine_id: str) -> None:
         """A prefill engine has died, and its blocks with it."""

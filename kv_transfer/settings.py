@@ -73,6 +73,8 @@ class EngineSettings(Settings):
     args: dict[str, Any] = Field(default_factory=dict, description="vLLM engine arguments (`AsyncEngineArgs` fields).")
     env: dict[str, str] = Field(default_factory=dict, description="Environment of the engine's processes.")
     pinned_threads: int = Field(0, ge=0, description="Threads of each CPU model worker that get cores of their own.")
+    token: str = Field("", description="What a call has to carry to be one of this worker's own application.")
     hang_s: float = Field(300.0, gt=0, description="Seconds without a step after which an engine with work is dead.")
+    pull_timeout_s: float = Field(60.0, gt=0, description="Seconds after which a pull in progress is given up.")
     transport: TransportSettings = Field(default_factory=TransportSettings)  # type: ignore[arg-type]
     simulator: SimulatorSettings = Field(default_factory=SimulatorSettings)  # type: ignore[arg-type]

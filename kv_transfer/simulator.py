@@ -58,6 +58,8 @@ class Faults:
     dead: bool = False
     hang: bool = False
     fail_pulls: int = 0
+    hang_pulls: int = 0
+    fail_legs: int = 0
     slow: float = 1.0
 
 
@@ -207,7 +209,8 @@ class SimulatedEngine:
             cached = min(self._cache.hits(entry.keys) * self._sim.block_tokens, max(0, len(entry.prompt) - 1))
             tail = max(0, -(-len(entry.prompt) // self._sim.block_tokens) - len(entry.keys))
             held = [*entry.keys, *((entry.request.request_id, i) for i in range(tail + self._answer_blocks(entry)))]
-            if len(held) > self._cache.capacity:
+            if len(held) > self._cache.capacity or self.faults.fail_legs > 0:
+                self.faults.fail_legs = max(0, self.faults.fail_legs - 1)
                 self._waiting.popleft()  # it will never fit
                 self._emit([self._error(entry)])
                 continue
@@ -353,6 +356,9 @@ class SimulatedEngine:
         size = tokens * self._sim.kv_bytes_per_token
         if not self._sim.zero_time:
             await asyncio.sleep(size / self._sim.transfer_bytes_per_s * self.faults.slow)
+        if self.faults.hang_pulls > 0:
+            self.faults.hang_pulls -= 1
+            await asyncio.Event().wait()
         failed = self.faults.fail_pulls > 0
         self.faults.fail_pulls -= failed
         if failed or not await settle_remote(entry.params):

@@ -97,6 +97,7 @@ class VllmEngine:
         if stats is None:
             return
         counts["running"], counts["waiting"] = stats.num_running_reqs, stats.num_waiting_reqs
+        counts["fetching"] = stats.num_kv_fetch_reqs_by_stage.get("in_progress", 0)
         for name, values in (stats.kv_connector_stats or {}).items():
             if name in NIXL_COUNTS:
                 counts[NIXL_COUNTS[name]] += int(sum(values))

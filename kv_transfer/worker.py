@@ -2,14 +2,17 @@
 
 Front ends reach a worker by three calls. `exchange` hands over new legs and aborts, in order; `outputs` is one
 long-lived stream for each front end that carries a batch per engine step; `call` reaches the core's utility methods.
-Each names the engine id that the caller believes to talk to, so a call can't reach another incarnation by mistake.
+Each names the engine id that the caller believes to talk to, so a call can't reach another incarnation by mistake, and
+carries the token of its application, so that no other application's front end can use these workers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,6 +21,8 @@ import ray
 
 from kv_transfer.engine import Engine, EngineDied, start_engine
 from kv_transfer.gpu_memory import GpuMemory
+from kv_transfer.handoff import KV_PARAMS
+from kv_transfer.pull_watch import PullWatch
 from kv_transfer.settings import EngineSettings
 from kv_transfer.worker_endpoint import WorkerMetrics, counts_of
 
@@ -34,7 +39,7 @@ FRONT_END_SILENCE_S = 10.0
 """A front end that has sent nothing for this long is dead: Ray does not end the streams of a caller that died."""
 
 HANG_CHECKS = 10
-"""How often in `EngineSettings.hang_s` an engine that has work is looked at."""
+"""How often in `EngineSettings.hang_s` an engine that has work is looked at, and in `pull_timeout_s` its pulls."""
 
 
 class WrongIncarnation(Exception):
@@ -46,6 +51,13 @@ class WrongIncarnation(Exception):
 
     def __str__(self) -> str:
         return f"engine {self.wanted} is not here, {self.here} is"
+
+
+class WrongApplication(Exception):
+    """The caller does not belong to this worker's application."""
+
+    def __str__(self) -> str:
+        return "the call comes from another application, model or revision"
 
 
 class NoStream(Exception):
@@ -84,10 +96,13 @@ class EngineWorker:
         self._engine: Engine | None = None
         self._front_ends: dict[str, _FrontEnd] = {}
         self._owner: dict[str, str] = {}  # leg id -> front end
+        self._token = ""
         self._dead: str | None = None
         self._metrics: WorkerMetrics | None = None
         self._start_s: dict[str, float] = {}
         self._stepped = time.monotonic()
+        self._pulls = PullWatch(0.0)
+        self._counts: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -102,16 +117,20 @@ class EngineWorker:
         if settings.transport.host == "auto":
             transport = settings.transport.model_copy(update={"host": ray.util.get_node_ip_address()})
             settings = settings.model_copy(update={"transport": transport})
+        self._token = settings.token
         self._engine = await start_engine(settings)
-        for watch in (self._hand_out(), self._drop_silent(), self._notice_hang(settings.hang_s)):
-            self._spawn(watch)
+        self._pulls = PullWatch(settings.pull_timeout_s)
+        self._spawn(self._hand_out())
+        self._spawn(self._drop_silent())
+        self._spawn(self._notice_hang(settings.hang_s))
+        self._spawn(self._watch_handoffs(settings.pull_timeout_s / HANG_CHECKS))
         self._start_s["engine"] = time.monotonic() - started
         logger.info("%s engine %s up in %.1f s", settings.role, self.engine.facts.engine_id, self._start_s["engine"])
 
     async def export_metrics(self) -> None:
         """Serve this worker's own `/metrics`, beside its side channel; the facts tell the port."""
         gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
-        state = counts_of(lambda: self.engine.call("state"), asyncio.get_running_loop())
+        state = counts_of(self._state, asyncio.get_running_loop())
         self._metrics = metrics = WorkerMetrics(state, self._start_s, GpuMemory(gpus).read)
         self.engine.facts = replace(self.engine.facts, metrics_port=metrics.serve(self.engine.facts.kv_host))
         # A simulated engine makes its configuration up, which takes seconds: traffic need not wait for it.
@@ -123,9 +142,15 @@ class EngineWorker:
         except Exception as error:  # a metric is not worth a worker
             logger.warning("vLLM's metrics of the engine are not exported: %r", error)
 
-    async def exchange(self, engine_id: str, front_end: str, commands: list[Command], settled: list[str]) -> None:
+    async def _state(self) -> dict[str, int]:
+        """What the engine and this worker have counted."""
+        return {**await self.engine.call("state"), **self._counts}
+
+    async def exchange(
+        self, engine_id: str, token: str, front_end: str, commands: list[Command], settled: list[str]
+    ) -> None:
         """Take legs to run and legs to abort, in the order given, and the ids of legs whose handoffs are settled."""
-        self._check(engine_id)
+        self._check(engine_id, token)
         peer = self._front_ends.get(front_end)
         if peer is None:
             raise NoStream(front_end)
@@ -139,14 +164,16 @@ class EngineWorker:
             if not command.abort_immediately:  # a release produces nothing that anybody waits for
                 self._owner[command.request_id] = front_end
                 peer.legs.add(command.request_id)
+                if _pulls(command):
+                    self._pulls.came(command.request_id)
             await self.engine.add(command)
 
-    async def outputs(self, engine_id: str, front_end: str) -> AsyncIterator[list[EngineCoreOutputs]]:
+    async def outputs(self, engine_id: str, token: str, front_end: str) -> AsyncIterator[list[EngineCoreOutputs]]:
         """Stream the outputs of this front end's legs, all steps since the last message in one; first an empty hello.
 
         The stream ends when the engine dies. When the front end leaves, its legs are aborted.
         """
-        self._check(engine_id)
+        self._check(engine_id, token)
         peer = self._front_ends[front_end] = _FrontEnd()
         try:
             yield []
@@ -157,18 +184,17 @@ class EngineWorker:
                 del self._front_ends[front_end]
             await self._abort(list(peer.legs))
             if peer.handoffs and self._dead is None:
+                self._counts["orphans"] += len(peer.handoffs)
                 await self.release_elsewhere(list(peer.handoffs.values()))
 
-    async def call(self, engine_id: str | None, method: str, args: list[Any]) -> Any:
+    async def call(self, engine_id: str | None, token: str, method: str, args: list[Any]) -> Any:
         """Call a utility method of the engine core; `None` asks whichever worker answers."""
-        if engine_id is not None:
-            self._check(engine_id)
+        self._check(engine_id, token)
         return await self.engine.call(method, *args)
 
-    async def describe(self, engine_id: str | None) -> Any:
+    async def describe(self, engine_id: str | None, token: str) -> Any:
         """The `VllmConfig` for a front end; `None` asks whichever worker answers."""
-        if engine_id is not None:
-            self._check(engine_id)
+        self._check(engine_id, token)
         return await asyncio.to_thread(self.engine.vllm_config)
 
     async def release_elsewhere(self, handoffs: list[dict[str, Any]]) -> None:
@@ -229,6 +255,30 @@ class EngineWorker:
                 self._die(f"no step for {hang_s:g} s although it has work")
                 self.engine.shutdown()
 
+    async def _watch_handoffs(self, period_s: float) -> None:
+        """Give up pulls that hang, and tell of leases that ran out: each was a handoff that nobody settled."""
+        expired = 0
+        while self._dead is None:
+            await asyncio.sleep(period_s)
+            state = await self.engine.call("state")
+            if (count := state.get("leases_expired", 0)) > expired:
+                logger.warning("%d leases ran out", count - expired)
+                expired = count
+            for leg_id in self._pulls.look(state.get("fetching", 0), time.monotonic()):
+                await self._give_up(leg_id)
+
+    async def _give_up(self, leg_id: str) -> None:
+        """End a leg whose pull hangs, as if it had failed. The engine keeps its blocks until the transfer is over."""
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+        self._counts["pulls_hung"] += 1
+        logger.warning("the pull of leg %s hangs and is given up", leg_id)
+        peer = self._front_ends.get(self._owner.get(leg_id, ""))
+        await self._abort([leg_id])
+        if peer is not None:
+            failed = EngineCoreOutput(leg_id, [], finish_reason=FinishReason.ERROR)
+            peer.queue.put_nowait(EngineCoreOutputs(outputs=[failed]))
+
     async def _drop_silent(self) -> None:
         """End the streams of front ends that died, which aborts their legs."""
         period = FRONT_END_SILENCE_S / 4
@@ -246,6 +296,7 @@ class EngineWorker:
     def _by_front_end(self, outputs: EngineCoreOutputs) -> dict[str, EngineCoreOutputs]:
         split: dict[str, list[Any]] = {}
         for output in outputs.outputs:
+            self._pulls.over(output.request_id)
             front_end = self._owner.get(output.request_id)
             if front_end is None:  # it was aborted after it had finished, so nobody will ask for its blocks
                 if output.kv_transfer_params:
@@ -265,10 +316,11 @@ class EngineWorker:
     async def _abort(self, leg_ids: list[str]) -> None:
         for leg_id in leg_ids:
             self._forget(leg_id)
-        if leg_ids and self._dead is None:
-            await self.engine.abort(leg_ids)
+        if leg_ids and self._dead is None and self._engine is not None:
+            await self._engine.abort(leg_ids)
 
     def _forget(self, leg_id: str) -> None:
+        self._pulls.over(leg_id)
         front_end = self._owner.pop(leg_id, None)
         if front_end is not None and (peer := self._front_ends.get(front_end)) is not None:
             peer.legs.discard(leg_id)
@@ -278,12 +330,21 @@ class EngineWorker:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _check(self, engine_id: str) -> None:
+    def _check(self, engine_id: str | None, token: str) -> None:
+        """Refuse a caller of another application, and one that means another engine (`None`: whichever is here)."""
+        if not hmac.compare_digest(token.encode(), self._token.encode()):
+            raise WrongApplication
         if self._dead is not None:
             raise EngineDied(self._dead)
         here = self.engine.facts.engine_id
-        if engine_id != here:
-            raise WrongIncarnation(engine_id, here)
+        if engine_id not in (None, here):
+            raise WrongIncarnation(str(engine_id), here)
+
+
+def _pulls(leg: EngineCoreRequest) -> bool:
+    """Whether a leg has a handoff to pull."""
+    extra = (leg.sampling_params.extra_args if leg.sampling_params else None) or {}
+    return bool((extra.get(KV_PARAMS) or {}).get("do_remote_prefill"))
 
 
 async def _drain(queue: asyncio.Queue[EngineCoreOutputs | None]) -> list[EngineCoreOutputs]:

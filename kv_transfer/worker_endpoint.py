@@ -43,12 +43,16 @@ PULLS = "baton_worker_pulls"
 PULLED_BYTES = "baton_worker_pulled_bytes"
 LEASES_EXPIRED = "baton_worker_leases_expired"
 FAILED_TRANSFERS = "baton_worker_failed_transfers"
+PULLS_HUNG = "baton_worker_pulls_hung"
+ORPHANS = "baton_worker_orphans"
 COMPUTED = "baton_worker_prompt_tokens_computed"
 COUNTERS = {
     PULLS: ("pulls", "Handoffs whose blocks this worker fetched."),
     PULLED_BYTES: ("pulled_bytes", "KV bytes that this worker fetched."),
     LEASES_EXPIRED: ("leases_expired", "Handoffs whose lease ran out before anybody pulled or released their blocks."),
     FAILED_TRANSFERS: ("failed_transfers", "NIXL transfers of this worker that failed."),
+    PULLS_HUNG: ("pulls_hung", "Pulls that were given up because they made no progress."),
+    ORPHANS: ("orphans", "Handoffs that this worker had released because their front end was gone."),
     COMPUTED: ("prompt_tokens_computed", "Prompt tokens that this worker computed."),
 }
 """Counters of a worker: their names here, in the engine's `state`, and in words."""

@@ -25,4 +25,4 @@ class PrefillWorker(EngineWorker):
         """Ask any decode worker: only a decode engine can tell a prefill engine that blocks are free."""
         decode = serve.get_deployment_handle("decode", serve.get_replica_context().app_name)
         logger.warning("%d handoffs of a front end that left are released", len(handoffs))
-        await decode.release.remote(None, handoffs)
+        await decode.release.remote(None, self._token, handoffs)

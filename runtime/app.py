@@ -27,10 +27,6 @@ MAX_ONGOING = 1_000_000
 """Serve's own limit on calls to a replica. Baton's calls are short or one stream a front end; it bounds work itself."""
 
 
-DRAIN_S = 30.0
-"""How long a front end that goes lets its open requests finish."""
-
-
 def build(args: dict[str, str]) -> Application:
     """Build the application that `serve run runtime.app:build config=FILE` runs.
 
@@ -59,9 +55,9 @@ def application(config: Config, *, own_server: bool = False) -> Application:
         num_replicas=config.front_end.replicas,
         max_ongoing_requests=config.front_end.max_requests,
         ray_actor_options={"num_cpus": 0.1},
-        graceful_shutdown_timeout_s=DRAIN_S + 5,
+        graceful_shutdown_timeout_s=config.limits.grace.serve_s,
     )
-    return front_end.bind(config.model_dump(), own_server=own_server, scaler=scaler(config), **pools)
+    return front_end.bind(config.model_dump(), config.token(), own_server=own_server, scaler=scaler(config), **pools)
 
 
 def build_pools(args: dict[str, str]) -> Application:
@@ -85,10 +81,12 @@ def _pool(config: Config, role: Role) -> Application:
         WORKERS[role],
         name=role,
         max_ongoing_requests=MAX_ONGOING,
-        request_router_config=RequestRouterConfig(request_router_class=ROUTER_CLASS),
+        request_router_config=RequestRouterConfig(
+            request_router_class=ROUTER_CLASS, request_router_kwargs={"departed_s": config.limits.grace.serve_s}
+        ),
         health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=30,
+        graceful_shutdown_timeout_s=config.limits.grace.serve_s,
         **replicas_of(config, role),
         **placement(config, role),
     )
@@ -145,6 +143,7 @@ class FrontEndReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         config: dict[str, Any],
+        token: str,
         prefill: DeploymentHandle,
         decode: DeploymentHandle,
         own_server: bool,
@@ -155,17 +154,18 @@ class FrontEndReplica:
 
         log_through_serve()
         settings = Config.model_validate(config)
+        self._drain_s = settings.limits.drain_s
         handles = {"prefill": prefill, "decode": decode}
         # `serve run` gives the application a name of its own.
         application = serve.get_replica_context().app_name
-        self._front_end = await start_front_end(settings, handles, scaler, application)
+        self._front_end = await start_front_end(settings, handles, scaler, application, token)
         _running["app"] = self._front_end.asgi
         address = settings.front_end.host, settings.front_end.port
         self._server = HttpServer(self._front_end.asgi, *address, shared=True) if own_server else None
 
     async def __del__(self) -> None:
-        """Ray Serve's hook for a replica that goes: it ends when this has, or after `DRAIN_S`."""
+        """Ray Serve's hook for a replica that goes: open requests have `limits.drain_s` to finish."""
         if server := getattr(self, "_server", None):
-            await server.stop(DRAIN_S)
+            await server.stop(self._drain_s)
         if front_end := getattr(self, "_front_end", None):
             front_end.shutdown()

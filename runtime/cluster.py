@@ -17,14 +17,14 @@ from typing import Any
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 
-from decode.request import decode_leg, release_leg, without_kv_params
+from decode.request import decode_leg, release_leg, without_engine_args
 from decode.resume import is_exact, resume, why_not_resumable
 from kv_transfer.handoff import Handoff, InvalidHandoff
 from kv_transfer.ledger import Ledger
 from prefill.request import prefill_leg
 from runtime.client_view import ClientView, StreamClock
 from runtime.config import LimitSettings
-from runtime.errors import BatonError, PullFailed, Refusal, Unrecoverable, WorkerLost
+from runtime.errors import BatonError, LegFailed, PullFailed, Refusal, Unrecoverable, WorkerDrained, WorkerLost
 from runtime.fleet import Fleet
 from runtime.metrics import PLANS, RECOVERIES
 from runtime.policy.admission import AdmissionPolicy
@@ -34,6 +34,11 @@ from runtime.visit import Visit, current_visit
 from runtime.waiting_room import Look, WaitingRoom
 
 logger = logging.getLogger("baton.cluster")
+
+TIDY_S = 1.0
+
+FAILED_PULLS = 2
+"""After so many failed pulls a request runs whole on one worker: its next pull could hang as long again."""
 
 ABANDONED_KEEP_S = 600.0
 """How long an aborted prefill leg is remembered: it may have ended before the abort reached it, and then its handoff
@@ -63,6 +68,7 @@ class LiveRequest:
     handoff: Handoff | None = None
     made: list[int] = field(default_factory=list)  # tokens that went to the client
     losses: int = 0
+    failed_pulls: int = 0
     legs: int = 0
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
@@ -79,6 +85,7 @@ class LiveRequest:
         """What a policy may know of it."""
         params = self.request.sampling_params
         whole = params is None or params.prompt_logprobs is not None or self.request.prompt_embeds is not None
+        whole = whole or self.failed_pulls >= FAILED_PULLS
         tokens = len(self.request.prompt_token_ids or ()) + len(self.made)
         return RequestView(tokens, can_disaggregate=not whole)
 
@@ -93,11 +100,11 @@ class Resources:
 class Cluster(EngineCoreClient):
     """vLLM's engine core client over two pools of workers."""
 
-    def __init__(self, limits: LimitSettings, admission: AdmissionPolicy | None = None) -> None:
+    def __init__(self, limits: LimitSettings, admission: AdmissionPolicy | None = None, lease_s: float = 60.0) -> None:
         self.engine_ranks_managed = [0]
         self.resources = Resources()
         self.fleet: Fleet  # set by the front end, which owns the handles
-        self.ledger = Ledger(self._send_release, lambda handoff: self.fleet.settled(handoff))
+        self.ledger = Ledger(self._send_release, lambda handoff: self.fleet.settled(handoff), lease_s)
         self.room = WaitingRoom(
             admission or AdmissionPolicy(),
             limits.wait_for_worker_s,
@@ -110,6 +117,11 @@ class Cluster(EngineCoreClient):
         self._legs: dict[str, Leg] = {}
         self._pins: dict[str, Plan] = {}
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self._tidying: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to tidy up now and then."""
+        self._tidying = asyncio.get_running_loop().create_task(self._keep_tidy(), context=contextvars.Context())
 
     # A request's life
 
@@ -118,11 +130,13 @@ class Cluster(EngineCoreClient):
         outcome = "aborted"
         try:
             while True:
+                plan = await self._plan(live)
                 try:
-                    await self._once(live, await self._plan(live))
+                    await self._once(live, plan)
                     outcome = "done"
                     return
-                except (WorkerLost, PullFailed, InvalidHandoff) as loss:
+                except (WorkerLost, LegFailed, InvalidHandoff) as loss:
+                    self._blame(live, plan, loss)
                     self._settle(live, "lost")
                     self._go_on(live, loss)
         except Refusal as refusal:
@@ -150,14 +164,8 @@ class Cluster(EngineCoreClient):
             if isinstance(plan, Disaggregated):
                 with self.fleet.charged(plan.prefill, prompt):
                     live.handoff = await self._prefill(live, request, plan.prefill)
-                self.ledger.open(live.handoff)
-            try:
-                await self._decode(live, request, plan.decode)
-            except PullFailed:
-                if isinstance(plan, Disaggregated):
-                    self.fleet.failed(plan.prefill)
-                    self.fleet.failed(plan.decode)
-                raise
+                    self.ledger.open(live.handoff)  # before the charge ends, or a draining worker would go now
+            await self._decode(live, request, plan.decode)
 
     async def _plan(self, live: LiveRequest) -> Plan:
         """Choose the workers, as soon as it is the request's turn; while there are none, wait, within bounds."""
@@ -187,9 +195,18 @@ class Cluster(EngineCoreClient):
         leg = self._new_leg(live, engine_id, decodes=True)
         await self._run(leg, decode_leg(request, leg.id, live.handoff))
 
+    def _blame(self, live: LiveRequest, plan: Plan, fault: BatonError | InvalidHandoff) -> None:
+        """Count a fault against the workers that can have made it."""
+        if isinstance(fault, PullFailed):
+            live.failed_pulls += 1
+        if isinstance(fault, LegFailed):
+            self.fleet.failed(plan.decode, live.id)
+        if isinstance(plan, Disaggregated) and isinstance(fault, PullFailed | InvalidHandoff):
+            self.fleet.failed(plan.prefill, live.id)
+
     def _go_on(self, live: LiveRequest, loss: BatonError | InvalidHandoff) -> None:
         """Count a loss and return when the request may be planned again; raise what it fails with when not."""
-        live.losses += 1
+        live.losses += not isinstance(loss, WorkerDrained)
         if live.losses > self._limits.retry_budget or live.pinned is not None:
             raise Unrecoverable(f"{loss}, and its retry budget is spent") from loss
         if live.made and (why_not := self._why_not_resumable(live)):
@@ -261,9 +278,11 @@ class Cluster(EngineCoreClient):
     def _deliver(self, leg: Leg, output: EngineCoreOutput, ours: list[EngineCoreOutput], now: float) -> None:
         live = leg.live
         if output.finish_reason is FinishReason.ERROR:
-            _resolve(leg, PullFailed(f"leg {leg.id} failed on its worker"))
+            fault = LegFailed if live.handoff is None else PullFailed
+            _resolve(leg, fault(f"leg {leg.id} failed on {leg.engine_id}"))
             return
         if output.prefill_stats is not None:
+            self.fleet.worked(leg.engine_id)
             if live.made:
                 output.prefill_stats = None  # the client's prompt was read long ago
             elif live.handoff is not None:
@@ -271,7 +290,6 @@ class Cluster(EngineCoreClient):
                 output.prefill_stats.num_cached_tokens = live.handoff.cached_tokens or 0
         if live.handoff is not None:  # the first output says that the blocks are here
             self.fleet.worked(live.handoff.engine_id)
-            self.fleet.worked(leg.engine_id)
             self._taken_over(live)
         live.made += output.new_token_ids
         if live.clock is not None:
@@ -298,7 +316,7 @@ class Cluster(EngineCoreClient):
 
     def _send_release(self, handoff: Handoff) -> bool:
         """Have a decode engine tell the prefill engine that nobody will pull these blocks."""
-        links = self.fleet.links("decode")
+        links = self.fleet.links("decode") or [worker.link for worker in self.fleet.leaving("decode")]
         if links:
             links[0].send(release_leg(handoff, f"{handoff.leg_id}-release"), lambda: self._release_again(handoff))
         return bool(links)
@@ -319,18 +337,23 @@ class Cluster(EngineCoreClient):
             self.ledger.open(handoff)
             self.ledger.release(handoff, "lost")
 
-    def on_lost(self, engine_id: str, why: str) -> None:
-        """Plan every request of a lost worker again."""
+    def on_lost(self, engine_id: str, why: str, *, drained: bool = False) -> None:
+        """Plan every request of a lost worker again; `drained`: it was to go anyway."""
         self.ledger.forget(engine_id)
         for leg in [leg for leg in self._legs.values() if leg.engine_id == engine_id]:
             if leg.abandoned_at is None:
-                _resolve(leg, WorkerLost(engine_id, why))
+                _resolve(leg, WorkerDrained(engine_id, why) if drained else WorkerLost(engine_id, why))
             else:
                 self._legs.pop(leg.id)
 
+    async def _keep_tidy(self) -> None:
+        while True:
+            await asyncio.sleep(TIDY_S)
+            self.tidy()
+
     def tidy(self) -> None:
         """Release what could not be released before, and drop aborted prefill legs that were never heard of again."""
-        self.ledger.retry()
+        self.ledger.tidy()
         now = time.monotonic()
         for leg in list(self._legs.values()):
             if leg.abandoned_at is not None and now - leg.abandoned_at > ABANDONED_KEEP_S:
@@ -406,6 +429,8 @@ class Cluster(EngineCoreClient):
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Let go of the workers; they abort what was ours."""
+        if self._tidying is not None:
+            self._tidying.cancel()
         for live in list(self._live.values()):
             if live.task is not None:
                 live.task.cancel()
@@ -415,8 +440,9 @@ class Cluster(EngineCoreClient):
 def _trusted(request: EngineCoreRequest) -> EngineCoreRequest:
     """`request` without what a client may not decide: KV parameters, the engine's rank, cache hints."""
     if request.sampling_params is not None:
-        request.sampling_params = without_kv_params(request.sampling_params)
+        request.sampling_params = without_engine_args(request.sampling_params)
     request.data_parallel_rank = None
+    request.client_index = request.current_wave = 0
     request.kv_hints = None
     return request
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import hmac
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from kv_transfer.nixl import IncompatibleEngines, check_agree
 from kv_transfer.settings import EngineSettings, Settings, SimulatorSettings, TransportSettings
 from runtime.admission_settings import AdmissionSettings
 from runtime.errors import ConfigError
+from runtime.grace import GracePeriods
 from runtime.policy.scaling_records import PoolBounds, ScalingSettings
 from runtime.scaling_settings import ObjectiveSection, ScalingSection
 
@@ -114,11 +118,22 @@ class LimitSettings(Settings):
     resume: Literal["all", "exact"] = Field(
         "all",
         description="Which streams go on elsewhere when their decode worker dies: `all` that can, or only those that "
-        "go on `exact`ly (not with a seed or a presence penalty). Structured output never does. The others end with "
-        "an error.",
+        "go on `exact`ly (not with a seed or a presence penalty). The others end with an error.",
     )
     wait_for_worker_s: float = Field(
         120.0, ge=0, description="How long a request waits for a worker while there is none, in seconds."
+    )
+    pull_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="A pull of KV blocks that takes longer is given up, and its request planned anew, in seconds.",
+    )
+    drain_s: float = Field(
+        120.0,
+        ge=0,
+        description="How long a worker that is to go (scale-down, update, shutdown) may take to finish what it has, in "
+        "seconds; streams that take longer move to another worker. Ray Serve's, KServe's and Kubernetes' grace periods "
+        "follow from it (`baton check` prints them).",
     )
     engine_hang_s: float = Field(
         300.0,
@@ -129,6 +144,11 @@ class LimitSettings(Settings):
     start_timeout_s: float = Field(
         1800.0, gt=0, description="How long a start may take before it is given up, in seconds."
     )
+
+    @property
+    def grace(self) -> GracePeriods:
+        """Everybody's patience with what is to go."""
+        return GracePeriods.of(self.drain_s, self.wait_for_worker_s)
 
 
 class Config(Settings):
@@ -144,6 +164,12 @@ class Config(Settings):
         None, description="The model id that clients use; by default the last part of `model`."
     )
     name: str = Field("baton", pattern=r"^[a-z0-9][a-z0-9-]*$", description="Name of the Ray Serve application.")
+    secret_env: str | None = Field(
+        None,
+        description="Name of an environment variable with a secret by which workers know their own application's front "
+        "ends, wherever the application is built. Without it they go by name, model and revision, which keeps "
+        "applications apart but is no secret.",
+    )
     engine: Literal["vllm", "simulated"] = Field("vllm", description="Real vLLM engine cores, or simulated ones.")
     engine_args: dict[str, Any] = Field(default_factory=dict, description="vLLM engine arguments of both pools.")
     env: dict[str, str] = Field(default_factory=dict, description="Environment of all engines.")
@@ -235,6 +261,8 @@ class Config(Settings):
             model=model_dir(self.model),
             args=args,
             hang_s=self.limits.engine_hang_s,
+            pull_timeout_s=self.limits.pull_timeout_s,
+            token=self.token(),
             env={**(self._cpu_env(role) if not pool.num_gpus else {}), **self.env, **pool.env},
             pinned_threads=0 if pool.num_gpus else self._pinned_threads(role),
             transport=self.transport,
@@ -262,6 +290,21 @@ class Config(Settings):
         """Threads that get cores of their own: all, where each engine has a core more for its other processes."""
         threads, share = self._threads(role), self._cores_of_an_engine()
         return threads if threads < share and share >= SHARE_TO_PIN else 0
+
+    def token(self) -> str:
+        """What a call has to carry for the workers of this application to take it.
+
+        The same for the same name, model and revision, so that an update of anything else leaves old and new processes
+        on speaking terms; two revisions of a model never share work.
+
+        Raises:
+            ConfigError: when there is to be a secret, and there is none.
+        """
+        secret = os.environ.get(self.secret_env, "") if self.secret_env else ""
+        if self.secret_env and not secret:
+            raise ConfigError(f"secret_env: the environment variable {self.secret_env} is not set or empty")
+        identity = json.dumps([self.name, self.model, self.revision])
+        return hmac.new(secret.encode(), identity.encode(), hashlib.sha256).hexdigest()
 
     def api_keys(self) -> tuple[str, ...]:
         """The configured API keys; none means that no key is asked for.

@@ -3,7 +3,9 @@
 BatonError
 ├── ConfigError            the settings are wrong; the message says what to change
 ├── WorkerLost             the worker of a leg is gone
-├── PullFailed             the decode engine could not get the blocks
+│   └── WorkerDrained      it was to go, and its time to finish the leg was over
+├── LegFailed              the engine ended a leg with an error
+│   └── PullFailed         because it could not get the handoff's blocks
 ├── Unrecoverable          a request that can't go on after a loss
 └── Refusal                a typed "no" to a client, before the response starts
 """
@@ -32,7 +34,15 @@ class WorkerLost(BatonError):
         return f"worker {self.engine_id} is lost: {self.why}"
 
 
-class PullFailed(BatonError):
+class WorkerDrained(WorkerLost):
+    """The worker that ran a leg was to go, and its time to finish was over. Nobody's fault: costs no retry."""
+
+
+class LegFailed(BatonError):
+    """An engine ended a leg with an error, and lives on."""
+
+
+class PullFailed(LegFailed):
     """The decode engine could not get a handoff's blocks."""
 
 

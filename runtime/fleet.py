@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kv_transfer.engine import EngineFacts
 from kv_transfer.handoff import Handoff
 from kv_transfer.nixl import IncompatibleEngines, check_compatible
 from runtime.engine_board import subscribe
 from runtime.link import Link
-from runtime.metrics import WORKERS_LOST
+from runtime.metrics import SET_ASIDE, WORKERS_LOST
 from runtime.policy.types import Snapshot, WorkerView
 
 if TYPE_CHECKING:
@@ -28,10 +28,21 @@ logger = logging.getLogger("baton.fleet")
 
 
 FAILURES_IN_A_ROW = 3
-"""So many failed pulls, with none between that worked, and a worker is set aside."""
-
+"""So many requests that failed on a worker, with none between that worked, and it is set aside. One request that fails
+wherever it goes counts once."""
 
 RECONNECT_S = 1.0
+"""Pause before a lost link to a worker that is still announced is made anew; doubled each time that it did not last."""
+
+LASTING_LINK_S = 10.0
+MOST_DOUBLINGS = 5
+
+
+class OnLost(Protocol):
+    """What the cluster does about a lost worker."""
+
+    def __call__(self, engine_id: str, why: str, *, drained: bool) -> None: ...
+
 
 EVENTS_KEPT = 20
 """So many deaths and returns of workers are remembered for `baton top`."""
@@ -57,11 +68,13 @@ class Worker:
 
     link: Link
     state: State = State.CONNECTING
-    failures: int = 0  # in a row
+    failures: set[str] = field(default_factory=set)  # requests that failed, with none between that worked
     since: float = field(default_factory=time.monotonic)  # of its state
     start_s: dict[str, float] = field(default_factory=dict)  # seconds of the phases that this front end sees
     requests: int = 0
     tokens: int = 0
+    linked: float = field(default_factory=time.monotonic)
+    out_of_time: asyncio.TimerHandle | None = None  # set while it drains
 
     def view(self) -> WorkerView:
         """As a policy sees it."""
@@ -73,27 +86,34 @@ class Fleet:
 
     Args:
         handles: the deployment of each role.
+        token: what the workers of this application know its front ends by.
         on_outputs: called with each batch of step outputs.
-        on_lost: called with the engine id and the reason when a worker is lost.
+        on_lost: called with the engine id, the reason, and whether it was to go, when a worker is lost.
         outstanding: how many handoffs of each prefill engine wait to be pulled.
+        drain_s: how long a worker that Ray Serve took away may take to finish what it has.
     """
 
     def __init__(
         self,
         front_end: str,
         handles: dict[str, DeploymentHandle],
+        token: str,
         on_outputs: Callable[[EngineCoreOutputs], None],
-        on_lost: Callable[[str, str], None],
+        on_lost: OnLost,
         outstanding: Callable[[], Counter[str]],
+        drain_s: float,
     ) -> None:
         self.workers: dict[str, Worker] = {}
         self.changed = asyncio.Event()
         self._front_end = front_end
         self._handles = handles
+        self._token = token
         self._on_outputs = on_outputs
         self._on_lost = on_lost
         self._outstanding = outstanding
+        self._drain_s = drain_s
         self._announced: dict[str, dict[str, EngineFacts]] = {}
+        self._flaps: Counter[str] = Counter()  # short-lived links in a row, by engine id
         self._closed = False
         self._connecting: set[asyncio.Task[None]] = set()
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
@@ -135,6 +155,10 @@ class Fleet:
         """The links of a pool, or of both."""
         return [w.link for w in self.workers.values() if role in (None, w.link.facts.role) and w.state is State.READY]
 
+    def leaving(self, role: str) -> list[Worker]:
+        """The workers of a pool that finish what they have and take nothing new."""
+        return [worker for worker in self.in_state(State.DRAINING) if worker.link.facts.role == role]
+
     def in_state(self, state: State) -> list[Worker]:
         """The workers in one state."""
         return [worker for worker in self.workers.values() if worker.state is state]
@@ -155,18 +179,19 @@ class Fleet:
             worker.tokens -= tokens
             self.close_if_drained(engine_id)
 
-    def failed(self, engine_id: str) -> None:
-        """Count a failed pull; after some in a row the worker is set aside until it is warmed anew."""
+    def failed(self, engine_id: str, request_id: str) -> None:
+        """Count a failure; after some in a row the worker is set aside until it is warmed anew."""
         if worker := self.workers.get(engine_id):
-            worker.failures += 1
-            if worker.failures >= FAILURES_IN_A_ROW and worker.state is State.READY:
-                worker.failures = 0
+            worker.failures.add(request_id)
+            if len(worker.failures) >= FAILURES_IN_A_ROW and worker.state is State.READY:
+                worker.failures.clear()
+                SET_ASIDE.labels(role=worker.link.facts.role).inc()
                 self.set_state(worker, State.WARMING)
 
     def worked(self, engine_id: str) -> None:
-        """Note a pull that worked."""
+        """Note a leg that worked."""
         if worker := self.workers.get(engine_id):
-            worker.failures = 0
+            worker.failures.clear()
 
     def settled(self, handoff: Handoff) -> None:
         """Tell the prefill worker of a handoff that nobody needs its blocks any more."""
@@ -206,12 +231,28 @@ class Fleet:
             if engine_id not in self.workers:
                 self._connect(facts)
         for engine_id, worker in list(self.workers.items()):
-            if worker.link.facts.role == role and engine_id not in present and worker.state is not State.DRAINING:
-                self.set_state(worker, State.DRAINING)
-                self.close_if_drained(engine_id)
+            if worker.link.facts.role != role:
+                continue
+            if engine_id not in present and worker.state is not State.DRAINING:
+                self._drain(worker)
+            elif engine_id in present and worker.state is State.DRAINING:
+                self._stay(worker)
+
+    def _drain(self, worker: Worker) -> None:
+        """Give a worker no more work; what it has not finished in time moves elsewhere."""
+        loop = asyncio.get_running_loop()
+        worker.out_of_time = loop.call_later(self._drain_s, worker.link.close, "its time to drain is over")
+        self.set_state(worker, State.DRAINING)
+        self.close_if_drained(worker.link.facts.engine_id)
+
+    def _stay(self, worker: Worker) -> None:
+        """Take a worker back that Ray Serve announces again: its controller had only lost sight of it."""
+        if worker.out_of_time is not None:
+            worker.out_of_time.cancel()
+        self.set_state(worker, State.WARMING)
 
     def _connect(self, facts: EngineFacts) -> None:
-        link = Link(self._handles[facts.role], facts, self._front_end, self._on_outputs, self._lost)
+        link = Link(self._handles[facts.role], facts, self._front_end, self._token, self._on_outputs, self._lost)
         worker = self.workers[facts.engine_id] = Worker(link)
         task = asyncio.get_running_loop().create_task(self._await_stream(worker))
         self._connecting.add(task)
@@ -239,18 +280,25 @@ class Fleet:
 
     def _lost(self, link: Link, why: str) -> None:
         engine_id = link.facts.engine_id
-        worker = self.workers.pop(engine_id, None)
-        if worker is not None and worker.state is not State.DRAINING and not self._closed:
+        worker = self.workers.pop(engine_id)
+        if worker.out_of_time is not None:
+            worker.out_of_time.cancel()
+        if worker.state is not State.DRAINING and not self._closed:
             WORKERS_LOST.labels(pool=link.facts.role).inc()
             self._note(link.facts, f"lost: {why}")
         logger.warning("%s worker %s lost: %s", link.facts.role, engine_id, why)
-        self._on_lost(engine_id, why)
-        asyncio.get_running_loop().call_later(RECONNECT_S, self._reconnect, link.facts)
+        self._on_lost(engine_id, why, drained=worker.state is State.DRAINING)
+        short_lived = time.monotonic() - worker.linked < LASTING_LINK_S
+        self._flaps[engine_id] = min(self._flaps[engine_id] + 1, MOST_DOUBLINGS) if short_lived else 0
+        pause_s = RECONNECT_S * 2 ** self._flaps[engine_id]
+        asyncio.get_running_loop().call_later(pause_s, self._reconnect, link.facts)
         self._wake()
 
     def _reconnect(self, facts: EngineFacts) -> None:
         """Try a lost worker again for as long as Ray Serve announces it: perhaps only the link broke."""
-        if not self._closed and facts.engine_id in self._announced[facts.role] and facts.engine_id not in self.workers:
+        if facts.engine_id not in self._announced[facts.role]:
+            self._flaps.pop(facts.engine_id, None)
+        elif not self._closed and facts.engine_id not in self.workers:
             self._connect(facts)
 
     def _note(self, facts: EngineFacts, what: str) -> None:

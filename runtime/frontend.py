@@ -26,7 +26,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
-from decode.request import without_kv_params
+from decode.request import without_engine_args
 from runtime.bad_input import answer_bad_input
 from runtime.client_view import ClientView
 from runtime.cluster import Cluster
@@ -78,7 +78,7 @@ class FrontEndLLM(AsyncLLM):
     async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, but without KV parameters of a client's own."""
         if isinstance(params, SamplingParams):
-            params = without_kv_params(params)
+            params = without_engine_args(params)
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
     def sleeps(self) -> bool:
@@ -124,22 +124,26 @@ async def start_front_end(
     handles: dict[str, DeploymentHandle],
     scaler: DeploymentHandle | None = None,
     application: str | None = None,
+    token: str | None = None,
 ) -> FrontEnd:
     """Connect to both pools, warm every path through them, and return the app once both can serve.
 
     Args:
         scaler: the brain of the pools' sizes, where they have more than one.
         application: what the Serve application is called, where that is not `config.name`.
+        token: what the workers know this application by; worked out from `config` where it is not given.
     """
-    front_end = uuid.uuid4().hex
-    prefill_is_up = handles["prefill"].call.remote(None, "state", [])
-    vllm_config = await handles["decode"].describe.remote(None)
+    front_end, token = uuid.uuid4().hex, token or config.token()
+    prefill_is_up = handles["prefill"].call.remote(None, token, "state", [])
+    vllm_config = await handles["decode"].describe.remote(None, token)
     await prefill_is_up
-    cluster = Cluster(config.limits, config.admission.policy())
-    cluster.fleet = Fleet(front_end, handles, cluster.on_outputs, cluster.on_lost, cluster.ledger.outstanding)
+    cluster = Cluster(config.limits, config.admission.policy(), config.transport.lease_s)
+    outstanding, move_s = cluster.ledger.outstanding, config.limits.grace.move_s
+    cluster.fleet = Fleet(front_end, handles, token, cluster.on_outputs, cluster.on_lost, outstanding, move_s)
     cluster.seen = ClientView(config.objectives.policy())
     llm = FrontEndLLM.over(cluster, vllm_config)
     cluster.fleet.follow(application or config.name)
+    cluster.start()
     for name in COMPLAINERS:
         logging.getLogger(name).addFilter(not_a_refusal)
     warmer = Warmer(llm, cluster)

@@ -42,6 +42,7 @@ class Link:
         handle: DeploymentHandle,
         facts: EngineFacts,
         front_end: str,
+        token: str,
         on_outputs: Callable[[EngineCoreOutputs], None],
         on_lost: Callable[[Link, str], None],
     ) -> None:
@@ -49,6 +50,7 @@ class Link:
         self.up = asyncio.Event()
         self.lost: str | None = None
         self._handle = handle
+        self._token = token
         # A link that was lost and made anew is another one to the worker, which answers nothing that comes late.
         self._name = f"{front_end}-{uuid.uuid4().hex[:8]}"
         self._on_outputs = on_outputs
@@ -77,14 +79,14 @@ class Link:
 
     async def call(self, method: str, *args: Any) -> Any:
         """Call a utility method of the worker's engine core."""
-        return await self._handle.call.remote(self.facts.engine_id, method, list(args))
+        return await self._handle.call.remote(self.facts.engine_id, self._token, method, list(args))
 
     def close(self, why: str = "closed") -> None:
         """Lose the link on purpose; the worker aborts this front end's legs."""
         self._lose(why)
 
     async def _read(self) -> None:
-        stream = self._handle.options(stream=True).outputs.remote(self.facts.engine_id, self._name)
+        stream = self._handle.options(stream=True).outputs.remote(self.facts.engine_id, self._token, self._name)
         try:
             async for batches in stream:
                 self.up.set()
@@ -106,7 +108,7 @@ class Link:
                     self._under_way.append(self._commands.get_nowait())
                 commands = [queued.command for queued in self._under_way]
                 settled, self._settled = self._settled, []
-                await self._handle.exchange.remote(self.facts.engine_id, self._name, commands, settled)
+                await self._handle.exchange.remote(self.facts.engine_id, self._token, self._name, commands, settled)
                 self._under_way = []
         except asyncio.CancelledError:
             raise

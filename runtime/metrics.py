@@ -27,6 +27,9 @@ TENANT_TOKENS = Counter(
     "Prompt and answer tokens by tenant: those with a name in the settings, and all others together.",
     ["tenant"],
 )
+SET_ASIDE = Counter(
+    "baton_workers_set_aside_total", "Workers that failed in a row and got no traffic until a probe worked.", ["role"]
+)
 
 for _pool in ("prefill", "decode"):
     WORKERS_LOST.labels(pool=_pool)  # a counter that begins with its first event hides it from `increase`

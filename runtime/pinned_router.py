@@ -4,10 +4,16 @@ A handle call's first argument is the engine id that it is meant for (`None`: an
 before it calls; Serve only carries the call. So this router overrides the choice itself, not one step of it: there is
 no queue, no probing and no retry elsewhere, and two concurrent calls can't be mistaken for each other.
 
+A replica that Serve takes away stays reachable until it has drained: it takes no new work, but aborts and signs of life
+have to get through.
+
 Serve pickles this module by value into every process: state that is shared with the rest lives in `engine_board`.
 """
 
 from __future__ import annotations
+
+import time
+from typing import Any
 
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
@@ -31,10 +37,28 @@ class EngineGone(Exception):
 class PinnedRouter(RequestRouter):
     """Routes by the engine id in a call's first argument."""
 
+    def initialize_state(self, departed_s: float = 0.0, **kwargs: Any) -> None:
+        """Serve's hook for a router's own arguments.
+
+        Args:
+            departed_s: so long after Serve took it away a replica may still be draining.
+        """
+        super().initialize_state(**kwargs)
+        self._departed_s = departed_s
+        self._by_engine: dict[str, RunningReplica] = {}
+        self._departed: dict[str, float] = {}  # engine id -> when it is certainly gone
+
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take Serve's news of the replicas and pass them on to the fleet."""
         super().update_replicas(replicas)
-        self._by_engine = {str(r.replica_metadata.get("engine_id")): r for r in replicas if r.replica_metadata}
+        here = {str(r.replica_metadata.get("engine_id")): r for r in replicas if r.replica_metadata}
+        now = time.monotonic()
+        for engine_id in self._by_engine.keys() - here.keys():
+            if now > self._departed.setdefault(engine_id, now + self._departed_s):
+                del self._by_engine[engine_id], self._departed[engine_id]
+        for engine_id in here:
+            self._departed.pop(engine_id, None)
+        self._by_engine.update(here)
         facts = [dict(r.replica_metadata) for r in replicas if r.replica_metadata]
         engine_board.publish(self._deployment_id.app_name, self._deployment_id.name, facts)
 
@@ -43,8 +67,9 @@ class PinnedRouter(RequestRouter):
     ) -> RunningReplica:
         engine_id = pending_request.args[0] if pending_request.args else None
         if engine_id is not None:
-            replica = getattr(self, "_by_engine", {}).get(engine_id)
-            if replica is None:
+            replica = self._by_engine.get(engine_id)
+            # Serve tries again when a replica has died, can't be reached or takes no more calls: it is gone to us.
+            if replica is None or is_retry:
                 raise EngineGone(engine_id)
             return replica
         while not self._replicas_list:

@@ -1,4 +1,4 @@
-"""`baton serve`: start Ray if there is none, deploy, say what happens, wait for Ctrl-C, leave nothing behind."""
+"""`baton serve`: start Ray if there is none, deploy, say what happens, wait for Ctrl-C, drain, leave nothing behind."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def serve_until_stopped(config: Config, address: str | None = None) -> int:
     """
     if address is None:
         listen(config.front_end.host, config.front_end.port).close()  # now, and not after the engines have started
-    stop = threading.Event()
+    stop, hurry = threading.Event(), threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        stop.set()
+        (hurry if stop.is_set() else stop).set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
@@ -45,8 +45,9 @@ def serve_until_stopped(config: Config, address: str | None = None) -> int:
         stop.wait()
         return 0
     finally:
-        _say(started, "stopping")
-        _stop(config, owned=address is None)
+        stop.set()
+        _say(started, f"stopping: requests have {config.limits.drain_s:g} s to finish; Ctrl-C again stops at once")
+        _stop(config, hurry, owned=address is None)
         _say(started, "stopped")
 
 
@@ -130,12 +131,17 @@ def _say(started: float, what: str) -> None:
     print(f"[baton {time.monotonic() - started:5.1f} s] {what}", flush=True)
 
 
-def _stop(config: Config, *, owned: bool) -> None:
+def _stop(config: Config, hurry: threading.Event, *, owned: bool) -> None:
+    """Let front ends and workers finish what they have, within bounds; then end what is ours."""
     import ray
     from ray import serve
 
-    if owned:
-        serve.shutdown()
+    serve.delete(config.name, _blocking=False)
+    deadline = time.monotonic() + config.limits.grace.serve_s
+    while config.name in serve.status().applications and time.monotonic() < deadline:
+        if hurry.wait(POLL_S / 4):
+            break
     else:
-        serve.delete(config.name)
+        if owned:
+            serve.shutdown()
     ray.shutdown()

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import logging
 import time
+import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,6 @@ class Warmer:
         self._task: asyncio.Task[None] | None = None
         self._warming: dict[Worker, asyncio.Task[None]] = {}
         self._pairing = asyncio.Lock()  # so that two new workers don't miss each other
-        self._count = 0
 
     def start(self) -> None:
         """Begin to follow the fleet."""
@@ -137,8 +137,7 @@ class Warmer:
             raise problem
 
     async def _run(self, plan: Plan, params: SamplingParams) -> None:
-        self._count += 1
-        request_id = f"warm-up-{self._count}"
+        request_id = f"warm-up-{uuid.uuid4().hex}"  # nobody can guess it and so take the pinned plan for a request
         self._cluster.pin(request_id, plan)
         prompt = TokensPrompt(prompt_token_ids=PROMPT)
         reasons = [step.outputs[0].finish_reason async for step in self._llm.generate(prompt, params, request_id)]

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from runtime.config import parse
 from runtime.engine_board import subscribe
 from tests.conftest import wait_for
 
@@ -19,12 +20,13 @@ class Pools:
     """The workers of both roles, on the Ray cluster of this machine."""
 
     def __init__(self, application: str = "baton") -> None:
+        self._token = parse({"name": application}).token()  # of the demo model, which all suites serve
         ray.init(address="auto", log_to_driver=False, configure_logging=False, ignore_reinit_error=True)
         self._handles = {role: serve.get_deployment_handle(role, application) for role in ROLES}
         self._engines: dict[str, list[str]] = {}
         for role, handle in self._handles.items():
             # Starts Serve's router, which tells who is there.
-            handle.call.remote(None, "state", []).result(timeout_s=60)
+            handle.call.remote(None, self._token, "state", []).result(timeout_s=60)
             subscribe(application, role, lambda facts, role=role: self._update(role, facts))
 
     def _update(self, role: str, facts: list[dict[str, Any]]) -> None:
@@ -36,7 +38,7 @@ class Pools:
 
     def call(self, role: str, engine_id: str, method: str, *args: Any) -> Any:
         """Call a method of one worker's engine core."""
-        return self._handles[role].call.remote(engine_id, method, list(args)).result(timeout_s=60)
+        return self._handles[role].call.remote(engine_id, self._token, method, list(args)).result(timeout_s=60)
 
     def states(self, role: str) -> dict[str, Counter[str]]:
         """The counts of each worker's engine."""

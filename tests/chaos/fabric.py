@@ -32,6 +32,7 @@ from runtime.warmup import Warmer
 
 VOCABULARY = 20_000
 ROLES = ("prefill", "decode")
+LEASE_S = 600
 
 
 def answer(prompt: list[int], tokens: int) -> list[int]:
@@ -92,7 +93,7 @@ class Call:
         return self._call(engine_id, *args)
 
     async def _call(self, engine_id: str | None, *args: Any) -> Any:
-        if args and self._handle.fabric.is_silent(str(args[0])):
+        if len(args) > 1 and self._handle.fabric.is_silent(str(args[1])):
             raise Died("the caller is dead")
         worker = await self._handle.reach(engine_id)
         if self._method == "exchange" and self._handle.deployment_name == self._handle.fabric.swallows:
@@ -156,7 +157,7 @@ class Stream:
 
     def cancel(self) -> None:
         """Ray's way to give up a stream: the worker's generator is closed."""
-        if self._task is not None and not self._handle.fabric.is_silent(self._args[0]):
+        if self._task is not None and not self._handle.fabric.is_silent(self._args[1]):
             self._task.cancel()
 
 
@@ -207,9 +208,12 @@ class Fabric:
         hang_s: float = 1.0,
         application: str = "",
         window_tokens: int = 8192,
+        pull_timeout_s: float = 60.0,
+        token: str = "the token of the tests",
     ) -> None:
         self.random = random.Random(seed)
         self.application = application or uuid.uuid4().hex
+        self.token = token
         self.pools: dict[str, list[Worker]] = {role: [] for role in ROLES}
         self.kills = 0
         self.silent: set[str] = set()
@@ -224,7 +228,9 @@ class Fabric:
                 model=str(model),
                 args={"max_model_len": window_tokens},
                 hang_s=hang_s,
-                transport=TransportSettings(host="127.0.0.1", lease_s=600),  # type: ignore[call-arg]
+                pull_timeout_s=pull_timeout_s,
+                token=self.token,
+                transport=TransportSettings(host="127.0.0.1", lease_s=LEASE_S),  # type: ignore[call-arg]
                 simulator=SimulatorSettings(**self.SIMULATOR),
             )
             for role in ROLES
@@ -242,7 +248,7 @@ class Fabric:
         worker = Worker(self)
         await worker.start(self._settings[role])
         self.pools[role].append(worker)
-        self._publish(role)
+        self.announce(role)
 
     def any(self, role: str) -> Worker:
         """Some worker of a role."""
@@ -256,7 +262,7 @@ class Fabric:
         self.kills += 1
         worker.kill()
         self.pools[role].remove(worker)
-        self._publish(role)
+        self.announce(role)
         self._spawn(self._replace(role, replace_after_s))
 
     def drain(self, worker: Worker) -> None:
@@ -315,7 +321,8 @@ class Fabric:
         await asyncio.sleep(after_s)
         await self.add(role)
 
-    def _publish(self, role: str) -> None:
+    def announce(self, role: str) -> None:
+        """Ray Serve's news: who is there."""
         engine_board.publish(self.application, role, [w.engine.facts.to_dict() for w in self.pools[role]])
 
     def _spawn(self, work: Any) -> None:
@@ -330,10 +337,17 @@ class FrontEnd:
     def __init__(self, fabric: Fabric, admission: AdmissionPolicy | None = None, **limits: Any) -> None:
         self.name = uuid.uuid4().hex
         self.fabric = fabric
-        self.cluster = Cluster(LimitSettings(**limits), admission)
+        settings = LimitSettings(**limits)
+        self.cluster = Cluster(settings, admission, LEASE_S)
         handles: Any = {role: Handle(fabric, role) for role in ROLES}
         self.cluster.fleet = Fleet(
-            self.name, handles, self.cluster.on_outputs, self.cluster.on_lost, self.cluster.ledger.outstanding
+            self.name,
+            handles,
+            fabric.token,
+            self.cluster.on_outputs,
+            self.cluster.on_lost,
+            self.cluster.ledger.outstanding,
+            settings.grace.move_s,
         )
         self.warmer = Warmer(self, self.cluster)  # type: ignore[arg-type]
         self._queues: dict[str, asyncio.Queue[tuple[list[int], str | None]]] = {}
@@ -343,6 +357,7 @@ class FrontEnd:
         """Follow the fabric until both pools are warm."""
         self._reader = asyncio.ensure_future(self._read())
         self.cluster.fleet.follow(self.fabric.application)
+        self.cluster.start()
         self.warmer.start()
         await asyncio.wait_for(self.warmer.both_pools(), 30)
 

@@ -16,6 +16,7 @@ from vllm.sampling_params import SamplingParams
 from kv_transfer import worker as worker_module
 from runtime import fleet as fleet_module
 from runtime import link as link_module
+from runtime.config import LimitSettings
 from tests.chaos.fabric import Fabric, FrontEnd, answer, bare_model
 
 SEEDS = [int(os.environ["BATON_CHAOS_SEED"])] if "BATON_CHAOS_SEED" in os.environ else [1, 2, 3]
@@ -36,7 +37,10 @@ async def make(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     made: list[Any] = []
 
     async def build(seed: int = 0, workers: int = 2, **limits: Any) -> tuple[Fabric, FrontEnd]:
-        fabric = Fabric(bare_model(tmp_path), seed, workers)
+        settings = LimitSettings(**{"engine_hang_s": 1.0, **limits})
+        fabric = Fabric(
+            bare_model(tmp_path), seed, workers, settings.engine_hang_s, pull_timeout_s=settings.pull_timeout_s
+        )
         await fabric.start()
         fabric.spawn_health()
         front_end = FrontEnd(fabric, **limits)
@@ -55,14 +59,18 @@ async def read(front_end: FrontEnd, name: str, prompt: list[int], tokens: int, *
     return [token async for part in front_end.stream(name, prompt, sampling) for token in part]
 
 
+def _left_over(fabric: Fabric, front_ends: tuple[FrontEnd, ...]) -> list[Any]:
+    engines = [(w.engine.facts.role, w.simulated.state()) for pool in fabric.pools.values() for w in pool]
+    outstanding = [front_end.cluster.ledger.outstanding() for front_end in front_ends]
+    return [engine for engine in engines if engine[1]["blocks_held"]] + [count for count in outstanding if count]
+
+
 async def nothing_left(fabric: Fabric, *front_ends: FrontEnd, within_s: float = 5.0) -> None:
-    """No block is held, no handoff outstanding, and no lease had to run out."""
+    """Soon no block is held and no handoff outstanding, and no lease had to run out."""
     deadline = time.monotonic() + within_s
-    while fabric.blocks_held() and time.monotonic() < deadline:
+    while (left := _left_over(fabric, front_ends)) and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
-    held = {w.engine.facts.role: w.simulated.state() for pool in fabric.pools.values() for w in pool}
-    assert fabric.blocks_held() == 0, held
-    assert [front_end.cluster.ledger.outstanding() for front_end in front_ends] == [{} for _ in front_ends]
+    assert not left
     assert fabric.leases_expired() == 0
 
 
@@ -102,12 +110,10 @@ async def test_nobody_comes_back(make: Callable[..., Any]) -> None:
         await asyncio.wait_for(read(front_end, "r", [1, 2, 3], 5), 10)
 
 
-async def test_structured_output_is_not_continued(make: Callable[..., Any]) -> None:
-    """A grammar can't be taken up in the middle: the stream ends with an error, not with text outside of it."""
-    from vllm.sampling_params import StructuredOutputsParams
-
-    fabric, front_end = await make()
-    params = SamplingParams(max_tokens=500, temperature=0.0, structured_outputs=StructuredOutputsParams(regex="a+"))
+async def test_what_may_not_be_continued_ends(make: Callable[..., Any]) -> None:
+    """Where only exact continuations are allowed, a seeded stream ends with an error, once, and leaves nothing."""
+    fabric, front_end = await make(resume="exact")
+    params = SamplingParams(max_tokens=500, temperature=1.0, seed=1)
     got: list[int] = []
     with pytest.raises(RuntimeError, match="ended with an error"):
         async for tokens in front_end.stream("r", [1, 2, 3], params):
@@ -162,6 +168,67 @@ async def test_what_a_broken_link_swallowed_is_released(make: Callable[..., Any]
     await nothing_left(fabric, front_end)
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_worker_whose_legs_fail_is_set_aside(make: Callable[..., Any], role: str) -> None:
+    """Also without a handoff: an engine that ends legs with errors gets none, until a probe works."""
+    fabric, front_end = await make(retry_budget=10)
+    sick = fabric.pools[role][0]
+    sick.simulated.faults.fail_legs = 5
+    prompts = [list(range(i, i + 40)) for i in range(40)]
+    answers = await asyncio.gather(*(read(front_end, f"r{i}", prompt, 5) for i, prompt in enumerate(prompts)))
+    assert answers == [answer(prompt, 5) for prompt in prompts]
+    while sick.engine.facts.engine_id not in _ready(front_end, role):
+        await asyncio.sleep(0.05)
+    assert sick.simulated.faults.fail_legs == 0
+    await nothing_left(fabric, front_end)
+
+
+async def test_one_request_that_fails_everywhere_sets_nobody_aside(make: Callable[..., Any]) -> None:
+    """It ends with an error when its retry budget is spent; the workers are not to blame."""
+    fabric, front_end = await make(retry_budget=8)
+    too_long = list(range(100))
+    for worker in fabric.pools["decode"]:
+        worker.simulated.faults.fail_pulls = worker.simulated.faults.fail_legs = 100
+    changed = front_end.cluster.fleet.changed
+    with pytest.raises(RuntimeError, match="ended with an error"):
+        await read(front_end, "r", too_long, 5)
+    assert not changed.is_set(), "a worker's state changed"
+    for worker in fabric.pools["decode"]:
+        worker.simulated.faults.fail_pulls = worker.simulated.faults.fail_legs = 0
+    assert await read(front_end, "s", too_long, 5) == answer(too_long, 5)
+    await nothing_left(fabric, front_end)
+
+
+async def test_a_pull_that_hangs_is_given_up(make: Callable[..., Any]) -> None:
+    """The request goes on, whole on one worker if need be; other pulls of the same engine are not touched."""
+    fabric, front_end = await make(workers=1, pull_timeout_s=0.3, engine_hang_s=30)
+    decode = fabric.pools["decode"][0]
+    decode.simulated.faults.hang_pulls = 2
+    prompts = [list(range(i, i + 200)) for i in range(5)]
+    answers = await asyncio.gather(*(read(front_end, f"r{i}", prompt, 300) for i, prompt in enumerate(prompts)))
+    assert answers == [answer(prompt, 300) for prompt in prompts]
+    assert decode.simulated.faults.hang_pulls == 0
+    assert fabric.kills == 0
+    await nothing_left(fabric, front_end)
+
+
+async def test_a_leg_that_waits_for_its_turn_does_not_hang(make: Callable[..., Any]) -> None:
+    """A full decode engine makes legs wait longer than a pull may take: nothing is given up."""
+    fabric, front_end = await make(workers=1, pull_timeout_s=0.3, retry_budget=0)
+    decode = fabric.pools["decode"][0]
+    decode.simulated._cache.capacity = 60
+    prompts = [list(range(i, i + 200)) for i in range(8)]
+    started = time.monotonic()
+    answers = await asyncio.gather(*(read(front_end, f"r{i}", prompt, 300) for i, prompt in enumerate(prompts)))
+    assert time.monotonic() - started > 0.6, "they had to wait"
+    assert answers == [answer(prompt, 300) for prompt in prompts]
+    await nothing_left(fabric, front_end)
+
+
+def _ready(front_end: FrontEnd, role: str) -> set[str]:
+    return {worker.engine_id for worker in getattr(front_end.cluster.fleet.snapshot(), role)}
+
+
 @pytest.mark.parametrize("after_s", [0.0, 0.002, 0.01, 0.05, 0.2])
 async def test_a_front_end_dies(make: Callable[..., Any], after_s: float) -> None:
     """Its requests' blocks are free within seconds on all workers, and another front end notices nothing."""
@@ -195,6 +262,75 @@ async def test_a_drain_loses_nothing(make: Callable[..., Any]) -> None:
     await nothing_left(fabric, front_end)
 
 
+async def test_a_stream_outlasts_its_workers_drain(make: Callable[..., Any]) -> None:
+    """What a draining worker has not finished in time goes on elsewhere: nothing is lost, and it costs no retry."""
+    fabric, front_end = await make(drain_s=0.1, retry_budget=0)
+    prompt, got = list(range(200)), []
+    async for tokens in front_end.stream("r", prompt, SamplingParams(max_tokens=400, temperature=0.0)):
+        got += tokens
+        if len(got) == 10:
+            fleet = front_end.cluster.fleet
+            leaving = next(engine_id for engine_id, worker in fleet.workers.items() if worker.requests)
+            fabric.drain(next(w for w in fabric.pools["decode"] if w.engine.facts.engine_id == leaving))
+            await asyncio.sleep(0.2)
+            assert leaving not in fleet.workers
+    assert got == answer(prompt, 400)
+    await nothing_left(fabric, front_end)
+
+
+async def test_a_draining_prefill_worker_waits_until_its_blocks_are_pulled(make: Callable[..., Any]) -> None:
+    """It is let go only when the decode engine has the blocks, though it has no leg any more."""
+    fabric, front_end = await make(workers=1)
+    prefill, decode = fabric.pools["prefill"][0], fabric.pools["decode"][0]
+    decode.simulated.faults.slow = 100  # so that this pull takes half a second
+    work = asyncio.ensure_future(read(front_end, "r", list(range(2000)), 2))
+    while not prefill.simulated.state()["handoffs"]:
+        await asyncio.sleep(0.001)
+    fabric.drain(prefill)
+    await asyncio.sleep(0.1)
+    assert prefill.engine.facts.engine_id in front_end.cluster.fleet.workers
+    assert prefill.simulated.state()["handoffs"] == 1
+    assert await work == answer(list(range(2000)), 2)
+    assert decode.simulated.pulls >= 2, "the blocks were pulled, as those of the warm-up were"
+    while prefill.engine.facts.engine_id in front_end.cluster.fleet.workers:
+        await asyncio.sleep(0.01)
+
+
+async def test_a_client_leaves_while_everything_drains(make: Callable[..., Any]) -> None:
+    """With no decode worker but a draining one, a handoff that nobody needs is still released, so both can go."""
+    fabric, front_end = await make(workers=1)
+    fabric.pools["decode"][0].simulated.faults.slow = 1e9
+    streams = [asyncio.ensure_future(read(front_end, f"r{i}", list(range(i, 900 + i)), 5)) for i in range(3)]
+    while fabric.pools["prefill"][0].simulated.state()["handoffs"] < 3:
+        await asyncio.sleep(0.001)
+    for role in ("prefill", "decode"):
+        fabric.drain(fabric.pools[role][0])
+    for stream in streams:
+        stream.cancel()
+    deadline = time.monotonic() + 3
+    while front_end.cluster.fleet.workers and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    assert not front_end.cluster.fleet.workers
+    await nothing_left(fabric, front_end)
+
+
+async def test_a_worker_that_is_announced_again_is_taken_back(make: Callable[..., Any]) -> None:
+    """Ray Serve's controller starts anew and knows its replicas only after a while: nobody has to go for that."""
+    fabric, front_end = await make(workers=1, drain_s=0.3)
+    prompt, got = list(range(100)), []
+    async for tokens in front_end.stream("r", prompt, SamplingParams(max_tokens=400, temperature=0.0)):
+        got += tokens
+        if len(got) == 10:
+            fabric.drain(fabric.pools["decode"][0])
+            await asyncio.sleep(0.05)
+            fabric.announce("decode")
+    assert got == answer(prompt, 400)
+    await asyncio.sleep(0.4)
+    assert len(front_end.cluster.fleet.snapshot().decode) == 1
+    assert await read(front_end, "next", prompt, 5) == answer(prompt, 5)
+    await nothing_left(fabric, front_end)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_everything_at_once(make: Callable[..., Any], seed: int) -> None:
     """Kills, hangs, failing pulls, lost and late messages, impatient clients, under load for some seconds."""
@@ -208,7 +344,9 @@ async def test_everything_at_once(make: Callable[..., Any], seed: int) -> None:
     async def trouble() -> None:
         while not calm.is_set():
             await asyncio.sleep(chance.uniform(0, 0.1))
-            worker = fabric.any(chance.choice(("prefill", "decode")) if all(fabric.pools.values()) else _left(fabric))
+            if not (pools := [role for role, pool in fabric.pools.items() if pool]):
+                continue
+            worker = fabric.any(chance.choice(pools))
             what = chance.random()
             if what < 0.7:
                 fabric.kill(worker, replace_after_s=chance.uniform(0, 0.2))
@@ -250,7 +388,3 @@ async def test_everything_at_once(make: Callable[..., Any], seed: int) -> None:
 
 VOCABULARY_USED = 15_000
 REQUESTS, CLIENTS = 900, 45
-
-
-def _left(fabric: Fabric) -> str:
-    return next((role for role, pool in fabric.pools.items() if pool), "prefill")

@@ -87,7 +87,8 @@ class Gateway:
         model = Path(config.engine_settings("decode").model)
         self.fabric = Fabric(model, 1, 2, hang_s=60, application=config.name, window_tokens=WINDOW_TOKENS)
         await self.fabric.start()
-        self.front_end = await start_front_end(config, {role: Handle(self.fabric, role) for role in ROLES})  # type: ignore[misc]
+        handles: Any = {role: Handle(self.fabric, role) for role in ROLES}
+        self.front_end = await start_front_end(config, handles, token=self.fabric.token)
 
     async def _stop(self) -> None:
         self.front_end.shutdown()

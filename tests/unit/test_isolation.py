@@ -1,0 +1,93 @@
+"""A worker takes work only from its own application, and nothing that a client sends selects a worker or a host."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.sampling_params import SamplingParams
+
+from decode.worker import DecodeWorker
+from kv_transfer.settings import EngineSettings, TransportSettings
+from kv_transfer.worker import WrongApplication, WrongIncarnation
+from runtime.cluster import _trusted
+from runtime.config import parse
+from runtime.errors import ConfigError
+from tests.unit.test_resume import engine_request
+
+TOKEN = "the application's"
+
+
+@pytest.fixture
+async def worker(tmp_path: Path) -> AsyncIterator[DecodeWorker]:
+    """A decode worker with a simulated engine."""
+    (tmp_path / "config.json").write_text('{"vocab_size": 20000, "max_position_embeddings": 512}')
+    settings = EngineSettings(
+        role="decode",
+        kind="simulated",
+        model=str(tmp_path),
+        token=TOKEN,
+        transport=TransportSettings(host="127.0.0.1"),  # type: ignore[call-arg]
+    )
+    worker = DecodeWorker.__new__(DecodeWorker)
+    super(DecodeWorker, worker).__init__()
+    await worker.start(settings)
+    yield worker
+    worker.shutdown()
+
+
+async def every_call(worker: DecodeWorker, engine_id: str | None, token: str) -> AsyncIterator[Any]:
+    """Each way in, as an awaitable."""
+    yield worker.exchange(engine_id or "", token, "front-end", [], [])
+    yield anext(worker.outputs(engine_id or "", token, "front-end"))
+    yield worker.call(engine_id, token, "state", [])
+    yield worker.describe(engine_id, token)
+    yield worker.release(engine_id, token, [])
+
+
+@pytest.mark.parametrize("token", ["", "another's", TOKEN.upper(), TOKEN + "x", "ü"])
+@pytest.mark.parametrize("names_the_engine", [True, False])
+async def test_another_applications_call_is_refused(worker: DecodeWorker, token: str, names_the_engine: bool) -> None:
+    """Every way in asks for the token, also where the caller takes whichever worker answers."""
+    count = 0
+    async for call in every_call(worker, worker.engine.facts.engine_id if names_the_engine else None, token):
+        count += 1
+        with pytest.raises(WrongApplication):
+            await call
+    assert count == 5
+
+
+async def test_its_own_applications_call_is_taken(worker: DecodeWorker) -> None:
+    """With the token; and the engine has still to be the one that is meant."""
+    assert "running" in await worker.call(None, TOKEN, "state", [])
+    assert "running" in await worker.call(worker.engine.facts.engine_id, TOKEN, "state", [])
+    with pytest.raises(WrongIncarnation):
+        await worker.call("another", TOKEN, "state", [])
+
+
+def test_what_makes_an_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old and new processes of an update understand each other; revisions, names and secrets keep apart."""
+    plain = parse({"model": "m"})
+    assert parse({"model": "m", "limits": {"drain_s": 1}, "env": {"A": "1"}}).token() == plain.token()
+    others = [{"model": "n"}, {"model": "m", "revision": "2"}, {"model": "m", "name": "other"}]
+    monkeypatch.setenv("BATON_SECRET", "s")
+    others.append({"model": "m", "secret_env": "BATON_SECRET"})
+    tokens = {parse(other).token() for other in others} | {plain.token()}
+    assert len(tokens) == len(others) + 1
+    assert parse({"model": "m"}).engine_settings("decode").token == plain.token()
+    monkeypatch.setenv("BATON_SECRET", "")
+    with pytest.raises(ConfigError, match="BATON_SECRET"):
+        parse(others[-1]).token()
+
+
+def test_a_client_can_not_choose_where_its_request_runs() -> None:
+    """Whatever the API lets through to the engine's request, rank, hints and KV parameters are Baton's."""
+    params = SamplingParams(extra_args={"kv_transfer_params": {"remote_host": "10.0.0.1"}, "x": 1})
+    request = _trusted(engine_request(params, data_parallel_rank=3, client_index=5, current_wave=9))
+    assert request.sampling_params is not None
+    assert request.sampling_params.extra_args == {"x": 1}
+    assert (request.data_parallel_rank, request.kv_hints, request.client_index, request.current_wave) == (
+        None, None, 0, 0,
+    )  # fmt: skip
