@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 
 from kserve_adapter.canary.command import add_canary
 from kserve_adapter.commands import add_fetch, add_manifest
@@ -62,6 +63,7 @@ def _check(config: Config) -> int:
     resolved = {
         "settings": config.model_dump(),
         "engine_args": {role: engine_args(config.engine_settings(role)) for role in ROLES},
+        "grace_periods": asdict(config.limits.grace),
         "engine_env": {role: config.engine_settings(role).env for role in ROLES},
     }
     config.api_keys()
