@@ -247,8 +247,11 @@ class EngineWorker:
 
     async def _notice_hang(self, hang_s: float) -> None:
         """Take an engine that has had work all the time, and made no step with it, for dead."""
+        period = hang_s / HANG_CHECKS
         while self._dead is None:
-            await asyncio.sleep(hang_s / HANG_CHECKS)
+            slept = time.monotonic()
+            await asyncio.sleep(period)
+            self._stepped += max(0.0, time.monotonic() - slept - 2 * period)  # this process stood still, not the engine
             if not self._owner:
                 self._stepped = time.monotonic()
             elif time.monotonic() - self._stepped > hang_s:

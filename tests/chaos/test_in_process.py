@@ -37,7 +37,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     made: list[Any] = []
 
     async def build(seed: int = 0, workers: int = 2, **limits: Any) -> tuple[Fabric, FrontEnd]:
-        settings = LimitSettings(**{"engine_hang_s": 1.0, **limits})
+        settings = LimitSettings(**{"engine_hang_s": 10.0, **limits})
         fabric = Fabric(
             bare_model(tmp_path), seed, workers, settings.engine_hang_s, pull_timeout_s=settings.pull_timeout_s
         )
@@ -126,7 +126,7 @@ async def test_what_may_not_be_continued_ends(make: Callable[..., Any]) -> None:
 
 async def test_a_hanging_engine_is_taken_for_dead(make: Callable[..., Any]) -> None:
     """Decode engines that stop making steps are noticed, and their streams go on elsewhere."""
-    fabric, front_end = await make()
+    fabric, front_end = await make(engine_hang_s=1.0)
     prompt, got = list(range(50)), []
     async for tokens in front_end.stream("r", prompt, SamplingParams(max_tokens=100, temperature=0.0)):
         got += tokens
@@ -201,7 +201,7 @@ async def test_one_request_that_fails_everywhere_sets_nobody_aside(make: Callabl
 
 async def test_a_pull_that_hangs_is_given_up(make: Callable[..., Any]) -> None:
     """The request goes on, whole on one worker if need be; other pulls of the same engine are not touched."""
-    fabric, front_end = await make(workers=1, pull_timeout_s=0.3, engine_hang_s=30)
+    fabric, front_end = await make(workers=1, pull_timeout_s=0.3, engine_hang_s=30.0)
     decode = fabric.pools["decode"][0]
     decode.simulated.faults.hang_pulls = 2
     prompts = [list(range(i, i + 200)) for i in range(5)]
@@ -334,7 +334,7 @@ async def test_a_worker_that_is_announced_again_is_taken_back(make: Callable[...
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_everything_at_once(make: Callable[..., Any], seed: int) -> None:
     """Kills, hangs, failing pulls, lost and late messages, impatient clients, under load for some seconds."""
-    fabric, front_end = await make(seed=seed, workers=3, retry_budget=100, wait_for_worker_s=30)
+    fabric, front_end = await make(seed=seed, workers=3, engine_hang_s=1.0, retry_budget=100, wait_for_worker_s=30)
     second = FrontEnd(fabric, retry_budget=100, wait_for_worker_s=30)
     await second.start()
     chance = random.Random(seed)

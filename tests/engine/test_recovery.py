@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -64,3 +65,30 @@ def test_a_stream_outlives_its_decode_engine(server: Server, pools: Pools) -> No
     assert wait_for(lambda: len(pools.engines("decode")) == 1 and pools.engines("decode") != died, REPLACED_S)
     assert wait_for(lambda: server.client.get("/health").status_code == 200, REPLACED_S)
     assert server.complete(**COUNTING)["choices"][0]["text"] == whole["choices"][0]["text"]
+
+
+def test_a_grammar_outlives_its_decode_engine(server: Server, pools: Pools) -> None:
+    """Structured output that goes on elsewhere is one document: a grammar begun anew would have made two halves."""
+    pattern = r"[0-9]{3}(-[0-9]{3}){19}"
+    body = {"model": MODEL, "prompt": "Numbers: ", "max_tokens": 200, "temperature": 0, "stream": True}
+    body["structured_outputs"] = {"regex": pattern}
+    resumed = _resumed(server)
+    text, reasons, events = "", [], 0
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            (choice,) = json.loads(line[6:])["choices"]
+            text, events = text + choice["text"], events + 1
+            reasons.append(choice["finish_reason"])
+            if events == 10:
+                os.kill(server.engine_cores("decode")[0], signal.SIGKILL)
+    assert re.fullmatch(pattern, text), text
+    assert [reason for reason in reasons if reason] == ["stop"]
+    assert _resumed(server) == resumed + 1
+
+
+def _resumed(server: Server) -> float:
+    name = 'baton_recoveries_total{fault="WorkerLost",kind="resumed"} '
+    lines = server.client.get("/metrics").text.splitlines()
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))

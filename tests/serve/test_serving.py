@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import MODEL, Server, wait_for
+from tests.conftest import MODEL, Server, marked, wait_for
 from tests.pools import Pools
 from tests.serve.conftest import KEY
 
@@ -91,12 +91,16 @@ def test_a_client_that_leaves_holds_nothing(server: Server, pools: Pools, lines:
     assert not pools.wait_until_free(1)
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_killed_worker_is_replaced_and_no_new_request_fails(server: Server, pools: Pools, role: str) -> None:
-    """SIGKILL of one replica: what comes next goes to the other one, and soon there are two again."""
+@pytest.mark.parametrize(
+    ("role", "how"), [("prefill", signal.SIGKILL), ("decode", signal.SIGKILL), ("decode", signal.SIGTERM)]
+)
+def test_a_killed_worker_is_replaced_and_no_new_request_fails(
+    server: Server, pools: Pools, role: str, how: signal.Signals
+) -> None:
+    """A replica's process ends: what comes next goes to the other one, and soon there are two again."""
     killed = server.pids(role)[0]
     engines = set(pools.engines(role))
-    os.kill(killed, signal.SIGKILL)
+    os.kill(killed, how)
     prompts = [[*PROMPT, 100 + i] for i in range(20)]
     for prompt in prompts:
         assert text(server, prompt, max_tokens=4)
@@ -124,5 +128,22 @@ def test_health_is_the_truth(server: Server, pools: Pools) -> None:
         os.kill(pid, signal.SIGKILL)
     assert wait_for(lambda: server.client.get("/health").status_code == 503, 10)
     assert wait_for(lambda: server.client.get("/health").status_code == 200, RECOVERY_S)
+    assert wait_for(lambda: len(pools.engines("decode")) == 2, RECOVERY_S)
+    assert text(server, PROMPT, max_tokens=4)
+
+
+def test_streams_do_not_need_serves_controller(server: Server, pools: Pools) -> None:
+    """It dies: a stream goes on, new requests are served, and once Ray has restarted it, it replaces workers again."""
+    expected = text(server, PROMPT, max_tokens=600)
+    controller = next(pid for pid, name in marked(server.mark).items() if name.startswith("ray::ServeController"))
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(text, server, PROMPT, max_tokens=600)
+        os.kill(controller, signal.SIGKILL)
+        for i in range(20):
+            assert text(server, [*PROMPT, 200 + i], max_tokens=4)
+        assert running.result(60) == expected
+    killed = server.pids("decode")[0]
+    os.kill(killed, signal.SIGKILL)
+    assert wait_for(lambda: len(server.pids("decode")) == 2 and killed not in server.pids("decode"), RECOVERY_S)
     assert wait_for(lambda: len(pools.engines("decode")) == 2, RECOVERY_S)
     assert text(server, PROMPT, max_tokens=4)
