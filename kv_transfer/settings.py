@@ -22,7 +22,7 @@ class TransportSettings(Settings):
     host: str = Field(
         "auto",
         description="Address that an engine's NIXL side channel binds to and announces. `auto` is the address of "
-        "the Ray node, which is loopback for a local cluster.",
+        "the Ray node; with both pools on one machine, `127.0.0.1` keeps strangers out.",
     )
     ucx_tls: str = Field(
         "self,sm,cma,tcp",
