@@ -38,14 +38,14 @@ test-engine: ## real vLLM engines
 chaos: ## deaths, hangs, lost messages: in one process, on real Ray, and bad bodies; BATON_CHAOS_SEED replays
 	@echo "== chaos"
 	@$(PY) -m pytest tests/chaos/test_in_process.py tests/chaos/test_network.py tests/fuzz tests/chaos/test_ray.py \
-	  tests/chaos/test_drain.py -q -s --log-level=ERROR
+	  tests/chaos/test_drain.py -q -rP --show-capture=stdout
 
 chaos-engine: ## kills of real vLLM engines, ten of each kind: takes an hour; BATON_CHAOS_KILLS for fewer
 	@$(PY) -m pytest tests/chaos/test_engine.py -q -s
 
 fuzz: ## ten thousand mutated bodies and a thousand requests from the schema
 	@BATON_FUZZ_BODIES=$${BATON_FUZZ_BODIES:-10000} BATON_FUZZ_EXAMPLES=$${BATON_FUZZ_EXAMPLES:-100} \
-	  $(PY) -m pytest tests/fuzz -q -s --log-level=ERROR
+	  $(PY) -m pytest tests/fuzz -q -rP --show-capture=stdout
 
 soak: ## twenty minutes of steady load with a kill every 20 s: memory, descriptors, failures
 	@$(PY) -m tests.chaos.soak

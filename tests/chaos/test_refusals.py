@@ -63,7 +63,7 @@ async def house(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
     config = parse({**SETTINGS, "name": fabric.application})
     await fabric.start()
     handles: Any = {role: Handle(fabric, role) for role in ROLES}
-    front_end = await start_front_end(config, handles, fabric.token)
+    front_end = await start_front_end(config, handles, token=fabric.token)
     house = House(config, fabric, front_end)
     queue = [asyncio.ensure_future(house.post()) for _ in range(12)]
     await asyncio.sleep(0.5)

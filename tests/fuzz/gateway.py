@@ -19,7 +19,10 @@ from tests.conftest import MODEL, ROOT
 
 T = TypeVar("T")
 
-PATIENCE_S = 2.0
+WINDOW_TOKENS = 512
+"""Short, so that an answer without a limit is over soon."""
+
+PATIENCE_S = 10.0
 """A request that is not over by then is left by its client."""
 
 LEAVING_S = 10.0
@@ -82,10 +85,10 @@ class Gateway:
         from runtime.frontend import start_front_end
 
         model = Path(config.engine_settings("decode").model)
-        self.fabric = Fabric(model, 1, 2, hang_s=60, application=config.name)
+        self.fabric = Fabric(model, 1, 2, hang_s=60, application=config.name, window_tokens=WINDOW_TOKENS)
         await self.fabric.start()
         handles: Any = {role: Handle(self.fabric, role) for role in ROLES}
-        self.front_end = await start_front_end(config, handles, self.fabric.token)
+        self.front_end = await start_front_end(config, handles, token=self.fabric.token)
 
     async def _stop(self) -> None:
         self.front_end.shutdown()
@@ -128,7 +131,7 @@ class Gateway:
                 "handoffs": dict(cluster.ledger.outstanding()),
                 "leases": self.fabric.leases_expired(),
                 "live requests": list(cluster._live),
-                "legs": list(cluster._legs),
+                "legs": [leg.id for leg in cluster._legs.values() if leg.abandoned_at is None],
                 "outputs awaited": list(self.front_end.llm.output_processor.request_states),
                 "dead": [w.engine.facts.role for pool in self.fabric.pools.values() for w in pool if w._dead],
                 "missing": [role for role in ROLES if len(self.fabric.pools[role]) != 2],
