@@ -210,7 +210,8 @@ def main() -> None:
     asked = parser.parse_args()
     settings: dict[str, Any] = yaml.safe_load((ROOT / "deploy/config/sim.yaml").read_text())
     settings |= {"simulator": SIMULATOR, "prefill": {"replicas": asked.workers}, "decode": {"replicas": asked.workers}}
-    bounds = {"kept": {"max_wait_s": asked.limit / 2}, "wide": WIDE}
+    # A prompt at a time, for workers without figures; those with figures get half a second of prompts.
+    bounds = {"kept": {"max_wait_s": asked.limit / 2, "engine_queue_tokens": PROMPT_TOKENS}, "wide": WIDE}
     for name, admission in bounds.items():
         if asked.bounds not in ("both", name):
             continue

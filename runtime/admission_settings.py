@@ -45,7 +45,7 @@ class AdmissionSettings(Settings):
         "the rest waits in order at the front end.",
     )
     engine_queue_tokens: int = Field(
-        8192, ge=1, description="The same in prompt tokens, for a worker that has not told its speed yet."
+        2048, ge=1, description="The same in prompt tokens, for a worker that has not told its speed yet."
     )
     engine_streams: int = Field(
         256, ge=1, description="Most requests on a decode worker that has not told how many it takes."

@@ -48,7 +48,7 @@ class AdmissionPolicy:
     """
 
     engine_queue_s: float = 0.5
-    engine_queue_tokens: int = 8192
+    engine_queue_tokens: int = 2048
     engine_streams: int = 256
     max_wait_s: float = 120.0
     max_waiting_requests: int = 2048
@@ -154,7 +154,9 @@ def predicted_wait_s(ahead: Ahead, snapshot: Snapshot, pace: Pace) -> float:
     if not readers:
         return 0.0
     least = readers.least_loaded(1, 0)[0]
+    if least.prefill is None:  # only the pace tells how fast it reads: what it has is work ahead like any other
+        ahead = Ahead(ahead.tokens + least.waiting_tokens * len(readers), ahead.requests)
     seconds = pace.seconds(ahead)
     if seconds is None:
         seconds = ahead.tokens * (least.prefill or UNMEASURED).each_s / len(readers)
-    return least.backlog_s + seconds
+    return seconds if least.prefill is None else least.backlog_s + seconds

@@ -4,8 +4,10 @@ for nobody, and no request lost when workers die meanwhile."""
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from runtime.visit import Visit, current_visit
 from tests.chaos.fabric import Fabric, FrontEnd, answer, bare_model
 from tests.chaos.test_in_process import nothing_left
 
+OVERLOAD_S = float(os.environ.get("BATON_OVERLOAD_S", "8"))
+"""How long the overload lasts; `BATON_OVERLOAD_S=60` with `-s` for the figures in docs/admission.md."""
+
 PLACES = 4
 SLOW = {**Fabric.SIMULATOR, "step_base_s": 0.004, "max_batch_requests": PLACES, "prefill_tokens_per_s": 20_000}
 
@@ -32,7 +37,7 @@ async def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     made: list[Any] = []
 
     async def build(workers: int = 1, seed: int = 0, **policy: Any) -> tuple[Fabric, FrontEnd]:
-        fabric = Fabric(bare_model(tmp_path), seed, workers)
+        fabric = Fabric(bare_model(tmp_path), seed, workers, hang_s=30.0)
         await fabric.start()
         fabric.spawn_health()
         admission = AdmissionPolicy(**{"engine_streams": PLACES, "engine_queue_tokens": 2000, **policy})
@@ -182,23 +187,39 @@ async def load(front_end: FrontEnd, rate: float, seconds: float) -> list[asyncio
     return tasks
 
 
+def resident_mb() -> float:
+    """Resident memory of this process, which is everything here, in MB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
 async def test_overload(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Five times more than the workers can do: as much is answered in time as ever, the rest is told so with a reason,
-    nothing is left over, and a second later all is as before."""
+    nothing is left over, memory is flat, and within five seconds all is as before."""
     monkeypatch.setattr(Fabric, "SIMULATOR", {**SLOW, "prefill_tokens_per_s": 2000, "max_batch_requests": 64})
-    fabric, front_end = await make(engine_streams=64, engine_queue_tokens=800, max_wait_s=0.8)
-    capacity, limit_s, seconds = 5.0, 2.0, 8.0  # a prompt takes 0.2 s
-    usual = await asyncio.gather(*await load(front_end, capacity, seconds))
-    rushed = await load(front_end, 5 * capacity, seconds)
-    await asyncio.sleep(1.0)
-    after = await asyncio.gather(*await load(front_end, 0.3 * capacity, seconds))
-    good = [sum(sent.first_s <= limit_s for sent in some) for some in (usual, await asyncio.gather(*rushed))]
+    _, front_end = built = await make(engine_streams=64, engine_queue_tokens=800, max_wait_s=0.8)
+    capacity, limit_s = 5.0, 2.0  # a prompt takes 0.2 s
+    usual = await asyncio.gather(*await load(front_end, capacity, OVERLOAD_S))
+    rushed = await load(front_end, 5 * capacity, OVERLOAD_S / 2)
+    memory = [resident_mb()]
+    rushed += await load(front_end, 5 * capacity, OVERLOAD_S / 2)
+    memory.append(resident_mb())
+    after = await asyncio.gather(*await load(front_end, 0.3 * capacity, 10.0))
+    during = await asyncio.gather(*rushed)
+    good = [sum(sent.first_s <= limit_s for sent in some) for some in (usual, during)]
+    refused = Counter(sent.reason for sent in during if sent.reason)
+    usual_s = sorted(sent.first_s for sent in usual if not sent.reason)
+    normal_s = usual_s[int(0.95 * len(usual_s))]
+    recovered_s = max((sent.at for sent in after if sent.first_s > limit_s), default=0.0)
+    slowest_s = max(sent.first_s for sent in during if not sent.reason)
+    print(f"in time: {good[0]} of {len(usual)} at capacity, {good[1]} of {len(during)} at five times; refused: "
+          f"{dict(refused)}; slowest first token then {slowest_s:.2f} s; memory {memory[0]:.0f}, {memory[1]:.0f} MB; "
+          f"usual p95 {normal_s:.2f} s; last one not in time sent {recovered_s:.1f} s after the end")  # fmt: skip
     assert good[1] >= 0.9 * good[0]
-    refused = [task.result() for task in rushed if task.result().reason]
-    assert len(refused) > len(rushed) / 2
-    assert {sent.reason for sent in refused} == {"overloaded"}
-    assert max(task.result().first_s for task in rushed if not task.result().reason) <= limit_s
-    assert not [sent for sent in after if sent.first_s > limit_s]
+    assert set(refused) == {"overloaded"}
+    assert refused.total() > len(during) / 2
+    assert slowest_s <= 2 * limit_s
+    assert memory[1] < 1.05 * memory[0]
+    assert recovered_s < 5.0
     assert not front_end.cluster._live
     assert not front_end.cluster._legs
-    await nothing_left(fabric, front_end)
+    await nothing_left(*built)

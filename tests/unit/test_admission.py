@@ -58,8 +58,8 @@ BLOCKED: list[tuple[str, Plan, tuple[tuple[WorkerView, ...], tuple[WorkerView, .
     ("no blocks, and nobody who will give any", PAIR, (IDLE[0], (worker("d1", free_blocks=5),)), ""),
     ("no blocks to read into", PAIR, ((worker("p1", free_blocks=5, requests=1),), IDLE[1]), "prefill"),
     ("a borrowed worker without a place", BORROWED, ((worker("p1", streams=8),), ()), "decode"),
-    ("without figures: tokens", PAIR, ((unmeasured("p1", 2, 8191),), IDLE[1]), ""),
-    ("without figures: too many tokens", PAIR, ((unmeasured("p1", 2, 8192),), IDLE[1]), "prefill"),
+    ("without figures: tokens", PAIR, ((unmeasured("p1", 2, 2047),), IDLE[1]), ""),
+    ("without figures: too many tokens", PAIR, ((unmeasured("p1", 2, 2048),), IDLE[1]), "prefill"),
     ("without figures: requests", PAIR, (IDLE[0], (unmeasured("d1", 255),)), ""),
     ("without figures: too many requests", PAIR, (IDLE[0], (unmeasured("d1", 256),)), "decode"),
     ("a worker that is gone meanwhile", Disaggregated("p9", "d9"), IDLE, ""),
@@ -288,6 +288,18 @@ def test_the_wait_from_what_workers_tell() -> None:
     snapshot = Snapshot((worker("p1", queued_tokens=800), worker("p2", queued_tokens=600)), (worker("d1"),))
     assert predicted_wait_s(Ahead(4000, 4), snapshot, Pace()) == pytest.approx(0.6 + 4000 * 0.001 / 2)
     assert predicted_wait_s(Ahead(4000, 4), Snapshot((), ()), Pace()) == 0.0
+
+
+def test_the_wait_at_workers_without_figures() -> None:
+    """What this front end sent them is work ahead, at the pace seen."""
+    pace = Pace()
+    pace.begin(0.0)
+    for tenth in range(1, 50):
+        pace.note(tenth / 10, 100, 1)
+    snapshot = Snapshot((unmeasured("p1", 3, 2000), unmeasured("p2", 3, 2000)), (unmeasured("d1"),))
+    assert predicted_wait_s(Ahead(1000, 1), snapshot, pace) == pytest.approx(5.0)
+    measured = Snapshot((worker("p1", queued_tokens=300),), (worker("d1"),))
+    assert predicted_wait_s(Ahead(1000, 1), measured, pace) == pytest.approx(1.3)
 
 
 def test_the_wait_from_the_pace() -> None:
