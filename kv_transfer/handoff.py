@@ -53,7 +53,7 @@ class Handoff:
     @property
     def blocks(self) -> int:
         """KV blocks that it pins, of all cache groups."""
-        return sum(len(group) for group in self.params["remote_block_ids"])
+        return sum(len(group) for group in self.params["remote_block_ids"] or ())
 
     @property
     def cached_tokens(self) -> int | None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from kv_transfer.handoff import Handoff
+from kv_transfer.ledger import Ledger
 from runtime.client_view import ClientView
 from runtime.fleet_metrics import FleetMetrics
 from runtime.metrics import WORKERS_LOST
@@ -113,3 +115,17 @@ async def test_a_scrape_has_all_front_ends_and_workers() -> None:
     assert 'baton_workers_lost_total{front_end="me",pool="decode"}' in text
     assert "w2" not in text
     assert "w3" not in text
+
+
+def test_pinned_blocks_are_those_of_outstanding_handoffs() -> None:
+    """Of all cache groups; a handoff without blocks pins none, and one that was pulled none any more."""
+    ledger = Ledger(lambda _: True, lambda _: None)
+    handoffs = [
+        Handoff({"remote_engine_id": "p", "remote_request_id": str(n), "remote_block_ids": blocks})
+        for n, blocks in enumerate(([[1, 2], [3]], [], [[4]]))
+    ]
+    for handoff in handoffs:
+        ledger.open(handoff)
+    assert ledger.pinned_blocks() == Counter(p=4)
+    ledger.pulled(handoffs[0])
+    assert ledger.pinned_blocks() == Counter(p=1)
