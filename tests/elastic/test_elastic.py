@@ -19,6 +19,9 @@ from tests.conftest import Server, baton_serve, wait_for
 ONLY_WITH_A_REASON = {
     "baton_handoffs_released",
     "baton_recoveries",
+    "baton_refusals",
+    "baton_waiting_requests",
+    "baton_waiting_tokens",
     "baton_gpu_memory_used_bytes",
     "baton_gpu_memory_total_bytes",
 }
