@@ -283,6 +283,9 @@ class SimulatedEngine:
         if sampling and sampling.logprobs is not None:
             wanted = sampling.logprob_token_ids or self._likeliest(token, sampling.logprobs)
             output.new_logprobs = _logprobs(token, wanted)
+        if entry.made == 1 and sampling and sampling.prompt_logprobs is not None and len(entry.prompt) > 1:
+            others = [self._likeliest(told, sampling.prompt_logprobs) for told in entry.prompt[1:]]
+            output.new_prompt_logprobs_tensors = _prompt_logprobs(entry.prompt[1:], others)
         if output.finish_reason is not None:
             self._finish(entry, output)
         return output
@@ -411,3 +414,16 @@ def _logprobs(token: int, others: list[int]) -> Any:
     ids = np.array([[token, *others]], dtype=np.int32)
     values = np.array([[-0.7, *(-0.7 * (i + 1) for i in range(len(others)))]], dtype=np.float32)
     return LogprobsLists(ids, values, np.array([1], dtype=np.int32))
+
+
+def _prompt_logprobs(prompt: list[int], others: list[list[int]]) -> Any:
+    """Made-up logprobs of the prompt after its first token, as `_logprobs`."""
+    import torch
+    from vllm.v1.outputs import LogprobsTensors
+
+    rows = [_logprobs(token, likeliest) for token, likeliest in zip(prompt, others, strict=True)]
+    return LogprobsTensors(
+        torch.tensor([row.logprob_token_ids[0].tolist() for row in rows], dtype=torch.int32),
+        torch.tensor([row.logprobs[0].tolist() for row in rows]),
+        torch.ones(len(rows), dtype=torch.int32),
+    )

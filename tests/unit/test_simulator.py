@@ -345,6 +345,16 @@ async def test_a_failed_pull(start: Start) -> None:
     assert in_use(prefill, decode) == 0
 
 
+async def test_prompt_logprobs_name_every_prompt_token(start: Start) -> None:
+    """All but the first prompt token have theirs, with the first output: `echo` with logprobs needs them."""
+    engine = await start()
+    outputs = await alone(engine, new_request("r", PROMPT, prompt_logprobs=2))
+    told = outputs[0].new_prompt_logprobs_tensors
+    assert told.logprob_token_ids[:, 0].tolist() == PROMPT[1:]
+    assert told.logprobs.shape == (len(PROMPT) - 1, 3)
+    assert all(output.new_prompt_logprobs_tensors is None for output in outputs[1:])
+
+
 async def test_a_hanging_engine(start: Start) -> None:
     """It takes requests and gives nothing until the fault is over."""
     engine = await start()
