@@ -43,6 +43,10 @@ class EngineFacts:
     kv_host: str
     kv_port: int
     metrics_port: int = 0  # of the worker's `/metrics`, on the same host; 0: none
+    max_streams: int | None = None  # most requests in one step
+    max_step_tokens: int | None = None  # most tokens in one step
+    events: str = ""  # ZMQ endpoint of its KV events; none are published without
+    events_replay: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As a dict of strings and ints, for Ray Serve's replica metadata."""

@@ -27,7 +27,8 @@ logger = logging.getLogger("baton.events")
 ON_DEVICE = (None, "GPU")
 """What vLLM calls the cache that a request can use at once (on CPU engines too); offloaded copies don't count."""
 
-_END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
+END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
+"""Sequence number of a replay's last message."""
 
 
 class BlockStored(msgspec.Struct, tag=True):
@@ -170,7 +171,7 @@ class EventFeed:
                 while True:
                     async with asyncio.timeout(self._replay_timeout_s):
                         _, _, number, payload = await socket.recv_multipart()
-                    if number == _END_OF_REPLAY:
+                    if number == END_OF_REPLAY:
                         return
                     self._apply(int.from_bytes(number, "big"), payload)
             except TimeoutError:

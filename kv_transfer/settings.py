@@ -76,5 +76,6 @@ class EngineSettings(Settings):
     token: str = Field("", description="What a call has to carry to be one of this worker's own application.")
     hang_s: float = Field(300.0, gt=0, description="Seconds without a step after which an engine with work is dead.")
     pull_timeout_s: float = Field(60.0, gt=0, description="Seconds after which a pull in progress is given up.")
+    events: bool = Field(True, description="Whether the engine publishes its KV events.")
     transport: TransportSettings = Field(default_factory=TransportSettings)  # type: ignore[arg-type]
     simulator: SimulatorSettings = Field(default_factory=SimulatorSettings)  # type: ignore[arg-type]

@@ -26,13 +26,14 @@ class BlocksRemoved:
 KvEvent = BlocksStored | BlocksRemoved
 
 
-def block_keys(tokens: Sequence[int], block_tokens: int, salt: Hashable = None) -> list[BlockKey]:
+def block_keys(tokens: Sequence[int], block_tokens: int, salt: Hashable = None) -> list[int]:
     """The keys of the full blocks of `tokens`: each is the hash of its tokens and of its parent's key."""
-    keys: list[BlockKey] = []
+    keys: list[int] = []
     parent: BlockKey = salt
     for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
-        parent = hash((parent, tuple(tokens[start : start + block_tokens])))
-        keys.append(parent)
+        key = hash((parent, tuple(tokens[start : start + block_tokens])))
+        keys.append(key)
+        parent = key
     return keys
 
 
@@ -71,11 +72,12 @@ class BlockCache:
         self._evict()
         return True
 
-    def fill(self, keys: Sequence[BlockKey]) -> None:
-        """The content of these blocks, which somebody holds, is there."""
+    def fill(self, keys: Sequence[BlockKey]) -> tuple[BlockKey, ...]:
+        """The content of these blocks, which somebody holds, is there. Returns those that could not be hit before."""
         stored = tuple(key for key in keys if key not in self._filled)
         self._filled.update(stored)
         self._tell(BlocksStored(stored))
+        return stored
 
     def release(self, keys: Sequence[BlockKey]) -> None:
         """Give back what `hold` took. Later blocks of a chain are evicted before earlier ones."""

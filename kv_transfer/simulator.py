@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kv_transfer.engine import EngineDied, EngineError, EngineFacts
+from kv_transfer.events import BlockRemoved
 from kv_transfer.handoff import KV_PARAMS
 from kv_transfer.settings import EngineSettings
-from kv_transfer.sim_cache import BlockCache, BlockKey, block_keys
+from kv_transfer.sim_cache import BlockCache, BlockKey, BlocksRemoved, KvEvent, block_keys
+from kv_transfer.sim_events import EventPublisher, runs
 from kv_transfer.sim_transfer import RELEASE_TIMEOUT_S, TransferServer, settle_remote
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+    from vllm.v1.metrics.stats import SchedulerStats
 
 FIRST_TOKEN = 1000
 """Below this are a tokenizer's control tokens."""
@@ -37,7 +40,7 @@ class _Request:
 
     request: EngineCoreRequest
     params: dict[str, Any]  # KV transfer parameters
-    keys: list[BlockKey]  # content keys of the prompt's full blocks
+    keys: list[int]  # content keys of the prompt's full blocks
     seed: int  # rolling hash of all tokens so far
     held: list[BlockKey] = field(default_factory=list)
     cached: int = 0  # prompt tokens found in this engine's cache
@@ -72,7 +75,8 @@ class SimulatedEngine:
         self._sim = settings.simulator
         self._vocab = int(shape["vocab_size"])
         self._window = int(settings.args.get("max_model_len") or shape["max_position_embeddings"])
-        self._cache = BlockCache(self._sim.num_blocks)
+        self._cache = BlockCache(self._sim.num_blocks, self._evicted)
+        self._events = EventPublisher()
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._fetching: set[_Request] = set()
@@ -93,6 +97,8 @@ class SimulatedEngine:
 
         engine = cls(settings)
         host = "127.0.0.1" if settings.transport.host == "auto" else settings.transport.host
+        if settings.events:
+            engine._events.start(host)
         engine.facts = EngineFacts(
             engine_id=engine._engine_id,
             role=settings.role,
@@ -105,6 +111,10 @@ class SimulatedEngine:
             num_blocks=engine._sim.num_blocks,
             kv_host=host,
             kv_port=await engine._server.start(host),
+            max_streams=engine._sim.max_batch_requests,
+            max_step_tokens=engine._sim.max_step_tokens,
+            events=engine._events.endpoint,
+            events_replay=engine._events.replay_endpoint,
         )
         engine._spawn(engine._run())
         return engine
@@ -180,6 +190,7 @@ class SimulatedEngine:
     def shutdown(self) -> None:
         """See `Engine.shutdown`."""
         self._server.close()
+        self._events.close()
         for task in self._background:
             task.cancel()
         for _, lease in self._handoffs.values():
@@ -196,11 +207,12 @@ class SimulatedEngine:
                 await self._work.wait()
                 continue
             readers = self._readers()
-            seconds = self._step_s(sum(tokens for _, tokens in readers))
-            await asyncio.sleep(0 if self._sim.zero_time else seconds * self.faults.slow)
+            writers = sum(entry.read >= len(entry.prompt) for entry in self._running)
+            seconds = 0.0 if self._sim.zero_time else self._step_s(_tokens(readers)) * self.faults.slow
+            await asyncio.sleep(seconds)
             outputs = self._step(readers)
-            if outputs and not self.faults.dead:
-                self._emit(outputs)
+            if not self.faults.dead:
+                self._emit(outputs, self._stats(_tokens(readers), writers, seconds))
 
     def _admit(self) -> None:
         """Move waiting requests to the batch while there are places and blocks; pulls start here."""
@@ -258,8 +270,16 @@ class SimulatedEngine:
 
     def _read(self, entry: _Request, tokens: int) -> None:
         """Note that the KV of the next prompt tokens is here."""
+        block = self._sim.block_tokens
         before, entry.read = entry.read, entry.read + tokens
-        self._cache.fill(entry.keys[before // self._sim.block_tokens : entry.read // self._sim.block_tokens])
+        if stored := self._cache.fill(entry.keys[before // block : entry.read // block]):
+            lora = entry.request.lora_request
+            name, salt = lora.lora_name if lora else None, entry.request.cache_salt
+            self._events.tell(runs(entry.keys, set(stored), entry.prompt, block, name, salt))
+
+    def _evicted(self, event: KvEvent) -> None:
+        if isinstance(event, BlocksRemoved):
+            self._events.tell([BlockRemoved([key for key in event.keys if isinstance(key, int)], "GPU")])
 
     def _token(self, entry: _Request) -> EngineCoreOutput:
         """The next token of a request, and its end if this is the last."""
@@ -314,10 +334,22 @@ class SimulatedEngine:
         entry.held = []
         self._work.set()
 
-    def _emit(self, outputs: list[EngineCoreOutput]) -> None:
+    def _emit(self, outputs: list[EngineCoreOutput], stats: SchedulerStats | None = None) -> None:
         from vllm.v1.engine import EngineCoreOutputs
 
-        self._outputs.put_nowait(EngineCoreOutputs(outputs=outputs))
+        self._outputs.put_nowait(EngineCoreOutputs(outputs=outputs, scheduler_stats=stats))
+
+    def _stats(self, prompt_tokens: int, writers: int, seconds: float) -> SchedulerStats:
+        """What vLLM tells of each step, as far as anybody here reads it."""
+        from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
+
+        details = SchedulerIterationDetails(0, int(prompt_tokens > 0), prompt_tokens, writers, writers, seconds * 1000)
+        return SchedulerStats(
+            num_running_reqs=len(self._running),
+            num_waiting_reqs=len(self._waiting) + len(self._fetching),
+            kv_cache_usage=self._cache.held / self._cache.capacity,
+            iteration_details=details,
+        )
 
     # Handoffs
 
@@ -397,6 +429,10 @@ class SimulatedEngine:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+
+def _tokens(readers: list[tuple[_Request, int]]) -> int:
+    return sum(tokens for _, tokens in readers)
 
 
 def _fold(seed: int, tokens: list[int]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kv_transfer.cores import BIND_ENV, claim_cores
@@ -30,6 +31,10 @@ NIXL_COUNTS = {
     "num_kv_expired_reqs": "leases_expired",
 }
 """The connector's statistics (lists of values since the last step) and the names of their sums here."""
+
+
+EVENTS = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": "tcp://*:0", "replay_endpoint": "tcp://*:0"}
+"""vLLM's `KVEventsConfig`: free ports of the transport's host, which vLLM takes from `VLLM_HOST_IP`."""
 
 
 class VllmEngine:
@@ -63,7 +68,13 @@ class VllmEngine:
 
         config = build_vllm_config(settings)
         client = EngineCoreClient.make_async_mp_client(config, Executor.get_class(config), log_stats=True)
-        return cls(client, config, _facts(settings, config, host, port))
+        events = client.get_kv_event_sources().get(0)
+        facts = replace(
+            _facts(settings, config, host, port),
+            events=str(events.endpoint) if events else "",
+            events_replay=str(events.replay_endpoint or "") if events else "",
+        )
+        return cls(client, config, facts)
 
     async def add(self, request: EngineCoreRequest) -> None:
         """See `Engine.add`."""
@@ -120,17 +131,22 @@ class VllmEngine:
 
 def build_vllm_config(settings: EngineSettings) -> VllmConfig:
     """The `VllmConfig` of an engine, with its connector. Needs the engine's platform (a GPU engine needs a GPU)."""
-    from vllm.config import KVTransferConfig
+    from vllm.config import KVEventsConfig, KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     args = engine_args(settings)
     args["kv_transfer_config"] = KVTransferConfig(**args["kv_transfer_config"])
+    if "kv_events_config" in args:
+        args["kv_events_config"] = KVEventsConfig(**args["kv_events_config"])
     return AsyncEngineArgs(**args).create_engine_config()
 
 
 def engine_args(settings: EngineSettings) -> dict[str, Any]:
     """All `AsyncEngineArgs` of an engine, as `baton check` prints them."""
-    return {"model": settings.model, **settings.args, "kv_transfer_config": transfer_config(settings)}
+    own = {"kv_transfer_config": transfer_config(settings), "enable_logging_iteration_details": True}  # for `Meter`
+    if settings.events:
+        own["kv_events_config"] = dict(EVENTS)
+    return {"model": settings.model, **settings.args, **own}
 
 
 def _set_environment(settings: EngineSettings, host: str, port: int) -> None:
@@ -169,4 +185,6 @@ def _facts(settings: EngineSettings, config: VllmConfig, host: str, port: int) -
         num_blocks=int(config.cache_config.num_gpu_blocks or 0),
         kv_host=host,
         kv_port=port,
+        max_streams=int(config.scheduler_config.max_num_seqs),
+        max_step_tokens=int(config.scheduler_config.max_num_batched_tokens),
     )

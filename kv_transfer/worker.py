@@ -22,7 +22,9 @@ import ray
 from kv_transfer.engine import Engine, EngineDied, start_engine
 from kv_transfer.gpu_memory import GpuMemory
 from kv_transfer.handoff import KV_PARAMS
+from kv_transfer.load import PERIOD_S, Meter, News
 from kv_transfer.pull_watch import PullWatch
+from kv_transfer.self_measurement import measure
 from kv_transfer.settings import EngineSettings
 from kv_transfer.worker_endpoint import WorkerMetrics, counts_of
 
@@ -82,10 +84,12 @@ def log_through_serve() -> None:
 class _FrontEnd:
     """What a worker keeps for one front end: its stream's queue, its legs, and the blocks that wait to be pulled."""
 
-    queue: asyncio.Queue[EngineCoreOutputs | None] = field(default_factory=asyncio.Queue)
+    queue: asyncio.Queue[EngineCoreOutputs | News | None] = field(default_factory=asyncio.Queue)
     legs: set[str] = field(default_factory=set)
     handoffs: dict[str, dict[str, Any]] = field(default_factory=dict)  # KV transfer parameters by leg id
     heard: float = field(default_factory=time.monotonic)
+    came: int = 0  # legs that this front end has sent
+    told: News | None = None
 
 
 class EngineWorker:
@@ -97,6 +101,7 @@ class EngineWorker:
         self._front_ends: dict[str, _FrontEnd] = {}
         self._owner: dict[str, str] = {}  # leg id -> front end
         self._token = ""
+        self._meter: Meter
         self._dead: str | None = None
         self._metrics: WorkerMetrics | None = None
         self._start_s: dict[str, float] = {}
@@ -120,10 +125,13 @@ class EngineWorker:
         self._token = settings.token
         self._engine = await start_engine(settings)
         self._pulls = PullWatch(settings.pull_timeout_s)
+        self._meter = Meter(self.engine.facts.num_blocks)
+        await measure(self.engine, self._meter.costs)
         self._spawn(self._hand_out())
         self._spawn(self._drop_silent())
         self._spawn(self._notice_hang(settings.hang_s))
         self._spawn(self._watch_handoffs(settings.pull_timeout_s / HANG_CHECKS))
+        self._spawn(self._tell_load())
         self._start_s["engine"] = time.monotonic() - started
         logger.info("%s engine %s up in %.1f s", settings.role, self.engine.facts.engine_id, self._start_s["engine"])
 
@@ -147,9 +155,19 @@ class EngineWorker:
         return {**await self.engine.call("state"), **self._counts}
 
     async def exchange(
-        self, engine_id: str, token: str, front_end: str, commands: list[Command], settled: list[str]
+        self,
+        engine_id: str,
+        token: str,
+        front_end: str,
+        commands: list[Command],
+        settled: list[str],
+        expected: dict[str, int],
     ) -> None:
-        """Take legs to run and legs to abort, in the order given, and the ids of legs whose handoffs are settled."""
+        """Take legs to run and legs to abort, in the order given, and the ids of legs whose handoffs are settled.
+
+        Args:
+            expected: for a leg's id, how many prompt tokens the front end expects to be read or fetched here.
+        """
         self._check(engine_id, token)
         peer = self._front_ends.get(front_end)
         if peer is None:
@@ -166,17 +184,23 @@ class EngineWorker:
                 peer.legs.add(command.request_id)
                 if _pulls(command):
                     self._pulls.came(command.request_id)
+                peer.came += 1
+                self._meter.took(command, expected.get(command.request_id), time.monotonic())
             await self.engine.add(command)
 
-    async def outputs(self, engine_id: str, token: str, front_end: str) -> AsyncIterator[list[EngineCoreOutputs]]:
-        """Stream the outputs of this front end's legs, all steps since the last message in one; first an empty hello.
+    async def outputs(
+        self, engine_id: str, token: str, front_end: str
+    ) -> AsyncIterator[list[EngineCoreOutputs | News]]:
+        """Stream the outputs of this front end's legs, all steps since the last message in one; first the load.
 
-        The stream ends when the engine dies. When the front end leaves, its legs are aborted.
+        News of the load come in between whenever it has changed. The stream ends when the engine dies. When the front
+        end leaves, its legs are aborted.
         """
         self._check(engine_id, token)
         peer = self._front_ends[front_end] = _FrontEnd()
         try:
-            yield []
+            peer.told = News(self._meter.load(), 0)
+            yield [peer.told]
             while batch := await _drain(peer.queue):
                 yield batch
         finally:
@@ -232,12 +256,24 @@ class EngineWorker:
                 self._stepped = time.monotonic()
                 if self._metrics is not None:
                     self._metrics.stepped(outputs)
+                self._meter.stepped(outputs, self._stepped)
                 for front_end, batch in self._by_front_end(outputs).items():
                     self._front_ends[front_end].queue.put_nowait(batch)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # whatever it was, nobody hands out tokens any more: the worker has to go
             self._die(str(error))
+
+    async def _tell_load(self) -> None:
+        """Tell front ends what is here whenever that has changed, a few times a second."""
+        while self._dead is None:
+            await asyncio.sleep(PERIOD_S)
+            load = self._meter.load()
+            for peer in self._front_ends.values():
+                news = News(load, peer.came)
+                if news != peer.told:
+                    peer.told = news
+                    peer.queue.put_nowait(news)
 
     def _die(self, why: str) -> None:
         self._dead = why
@@ -319,6 +355,7 @@ class EngineWorker:
     async def _abort(self, leg_ids: list[str]) -> None:
         for leg_id in leg_ids:
             self._forget(leg_id)
+            self._meter.dropped(leg_id)
         if leg_ids and self._dead is None and self._engine is not None:
             await self._engine.abort(leg_ids)
 
@@ -350,9 +387,9 @@ def _pulls(leg: EngineCoreRequest) -> bool:
     return bool((extra.get(KV_PARAMS) or {}).get("do_remote_prefill"))
 
 
-async def _drain(queue: asyncio.Queue[EngineCoreOutputs | None]) -> list[EngineCoreOutputs]:
+async def _drain(queue: asyncio.Queue[EngineCoreOutputs | News | None]) -> list[EngineCoreOutputs | News]:
     """All that is in the queue, at least one; nothing when the stream is to end."""
-    batch: list[EngineCoreOutputs] = []
+    batch: list[EngineCoreOutputs | News] = []
     while not batch or not queue.empty():
         item = await queue.get()
         if item is None:

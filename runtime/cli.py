@@ -1,4 +1,4 @@
-"""`baton serve | check | top | fetch | manifest | canary`: the command line."""
+"""`baton serve | check | explain | top | fetch | manifest | canary`: the command line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from kserve_adapter.canary.command import add_canary
 from kserve_adapter.commands import add_fetch, add_manifest
+from runtime import explain_command
 from runtime.config import ROLES, Config, load
 from runtime.errors import BatonError
 
@@ -32,11 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     watch.add_argument("url", nargs="?", default="http://127.0.0.1:8000", help="a front end; default %(default)s")
     watch.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="look so often; default %(default)s")
     watch.add_argument("--once", action="store_true", help="print the fleet once")
+    explain_command.add_parser(commands)
     add_fetch(commands)
     add_manifest(commands)
     add_canary(commands)
     arguments = parser.parse_args(argv)
     try:
+        if arguments.command == "explain":
+            return explain_command.run(arguments)
         if run := getattr(arguments, "run", None):
             return int(run(arguments))
         if arguments.command == "top":

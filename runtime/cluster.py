@@ -22,16 +22,17 @@ from decode.resume import is_exact, resume, why_not_resumable
 from kv_transfer.handoff import Handoff, InvalidHandoff
 from kv_transfer.ledger import Ledger
 from prefill.request import prefill_leg
+from runtime.account import Charge, charges
 from runtime.client_view import ClientView, StreamClock
 from runtime.config import LimitSettings
 from runtime.errors import BatonError, LegFailed, PullFailed, Refusal, Unrecoverable, WorkerDrained, WorkerLost
 from runtime.fleet import Fleet
-from runtime.metrics import PLANS, RECOVERIES
+from runtime.metrics import RECOVERIES
+from runtime.placement import Placement
 from runtime.policy.admission import AdmissionPolicy
-from runtime.policy.routing import route
-from runtime.policy.types import Disaggregated, Plan, RequestView
+from runtime.policy.types import Disaggregated, Plan
 from runtime.visit import Visit, current_visit
-from runtime.waiting_room import Look, WaitingRoom
+from runtime.waiting_room import WaitingRoom
 
 logger = logging.getLogger("baton.cluster")
 
@@ -52,6 +53,7 @@ class Leg:
     id: str
     engine_id: str
     live: LiveRequest
+    charge: Charge
     decodes: bool
     done: asyncio.Future[EngineCoreOutput]
     abandoned_at: float | None = None
@@ -81,14 +83,6 @@ class LiveRequest:
         """What is left to do: the request itself, or its continuation after the tokens that were made."""
         return resume(self.request, self.made) if self.made else self.request
 
-    def view(self) -> RequestView:
-        """What a policy may know of it."""
-        params = self.request.sampling_params
-        whole = params is None or params.prompt_logprobs is not None or self.request.prompt_embeds is not None
-        whole = whole or self.failed_pulls >= FAILED_PULLS
-        tokens = len(self.request.prompt_token_ids or ()) + len(self.made)
-        return RequestView(tokens, can_disaggregate=not whole)
-
 
 @dataclass
 class Resources:
@@ -100,7 +94,13 @@ class Resources:
 class Cluster(EngineCoreClient):
     """vLLM's engine core client over two pools of workers."""
 
-    def __init__(self, limits: LimitSettings, admission: AdmissionPolicy | None = None, lease_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        limits: LimitSettings,
+        placement: Placement,
+        admission: AdmissionPolicy | None = None,
+        lease_s: float = 60.0,
+    ) -> None:
         self.engine_ranks_managed = [0]
         self.resources = Resources()
         self.fleet: Fleet  # set by the front end, which owns the handles
@@ -113,6 +113,7 @@ class Cluster(EngineCoreClient):
         )
         self.seen = ClientView()
         self._limits = limits
+        self.placement = placement
         self._live: dict[str, LiveRequest] = {}
         self._legs: dict[str, Leg] = {}
         self._pins: dict[str, Plan] = {}
@@ -160,39 +161,40 @@ class Cluster(EngineCoreClient):
         request = live.remaining()
         prompt = len(request.prompt_token_ids or ())
         answer = (request.sampling_params.max_tokens or 0) if request.sampling_params else 0
-        with self.fleet.charged(plan.decode, prompt + answer):  # from now on, or a burst would all go to one worker
-            if isinstance(plan, Disaggregated):
-                with self.fleet.charged(plan.prefill, prompt):
-                    live.handoff = await self._prefill(live, request, plan.prefill)
+        writes, reads = charges(plan, prompt, answer)
+        with self.fleet.charged(plan.decode, writes):  # from now on, or a burst would all go to one worker
+            if isinstance(plan, Disaggregated) and reads is not None:
+                with self.fleet.charged(plan.prefill, reads):
+                    live.handoff = await self._prefill(live, request, plan.prefill, reads)
                     self.ledger.open(live.handoff)  # before the charge ends, or a draining worker would go now
-            await self._decode(live, request, plan.decode)
+            await self._decode(live, request, plan.decode, writes)
 
     async def _plan(self, live: LiveRequest) -> Plan:
         """Choose the workers, as soon as it is the request's turn; while there are none, wait, within bounds."""
         if live.pinned is not None:
             return live.pinned
+        request = live.remaining()
+        keys = self.placement.cache.keys_of(request)
         level = live.visit.level_for(live.request.priority)
-        plan, _ = await self.room.enter(live.visit, level, lambda: self._look(live))
-        PLANS.labels(plan=type(plan).__name__.lower(), reason=plan.reason).inc()
+        whole = live.failed_pulls >= FAILED_PULLS
+        plan, look = await self.room.enter(
+            live.visit, level, lambda: self.placement.look(request, keys, self.fleet.snapshot(), whole=whole)
+        )
+        self.placement.chose(request, keys, look, plan)
         if live.clock is not None:
             on_prefill = self.fleet.role(plan.decode) == "prefill"
             self.seen.planned(live.clock, plan, len(live.request.prompt_token_ids or ()), on_prefill=on_prefill)
-        logger.debug("request %s plan %s", live.id, plan)
         return plan
 
-    def _look(self, live: LiveRequest) -> Look:
-        view, snapshot = live.view(), self.fleet.snapshot()
-        return Look(view, snapshot, route(view, snapshot))
-
-    async def _prefill(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str) -> Handoff:
+    async def _prefill(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str, charge: Charge) -> Handoff:
         """Run the prefill leg; what comes back is where the blocks are."""
-        leg = self._new_leg(live, engine_id, decodes=False)
+        leg = self._new_leg(live, engine_id, charge, decodes=False)
         output = await self._run(leg, prefill_leg(request, leg.id))
         return Handoff.from_params(output.kv_transfer_params)
 
-    async def _decode(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str) -> None:
+    async def _decode(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str, charge: Charge) -> None:
         """Run the decode leg; its tokens go to the front end as they come (`_deliver`)."""
-        leg = self._new_leg(live, engine_id, decodes=True)
+        leg = self._new_leg(live, engine_id, charge, decodes=True)
         await self._run(leg, decode_leg(request, leg.id, live.handoff))
 
     def _blame(self, live: LiveRequest, plan: Plan, fault: BatonError | InvalidHandoff) -> None:
@@ -227,12 +229,13 @@ class Cluster(EngineCoreClient):
 
     # Legs
 
-    def _new_leg(self, live: LiveRequest, engine_id: str, *, decodes: bool) -> Leg:
+    def _new_leg(self, live: LiveRequest, engine_id: str, charge: Charge, *, decodes: bool) -> Leg:
         live.legs += 1
         return Leg(
             id=f"{live.id}-{'d' if decodes else 'p'}{live.legs}",
             engine_id=engine_id,
             live=live,
+            charge=charge,
             decodes=decodes,
             done=asyncio.get_running_loop().create_future(),
         )
@@ -244,7 +247,9 @@ class Cluster(EngineCoreClient):
             raise WorkerLost(leg.engine_id, "it left before the leg was sent")
         self._legs[leg.id] = leg
         handoff = leg.live.handoff if leg.decodes else None
-        link.send(request, lambda: self._never_arrived(leg, handoff))
+        expected = leg.charge.reads or leg.charge.pulls
+        number = link.submit(request, expected, lambda: self._never_arrived(leg, handoff))
+        self.fleet.sent(leg.engine_id, leg.charge, number)
         try:
             return await leg.done
         except asyncio.CancelledError:
@@ -281,6 +286,9 @@ class Cluster(EngineCoreClient):
             fault = LegFailed if live.handoff is None else PullFailed
             _resolve(leg, fault(f"leg {leg.id} failed on {leg.engine_id}"))
             return
+        if not leg.charge.begun:
+            self.fleet.begun(leg.engine_id, leg.charge)
+            self.placement.first_token(live.id)
         if output.prefill_stats is not None:
             self.fleet.worked(leg.engine_id)
             if live.made:
@@ -434,6 +442,7 @@ class Cluster(EngineCoreClient):
         for live in list(self._live.values()):
             if live.task is not None:
                 live.task.cancel()
+        self.placement.cache.close()
         self.fleet.close()
 
 

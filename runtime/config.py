@@ -8,6 +8,7 @@ import hmac
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,6 +23,7 @@ from runtime.admission_settings import AdmissionSettings
 from runtime.errors import ConfigError
 from runtime.grace import GracePeriods
 from runtime.policy.scaling_records import PoolBounds, ScalingSettings
+from runtime.policy.types import PRESETS, RoutingSettings
 from runtime.scaling_settings import ObjectiveSection, ScalingSection
 
 Role = Literal["prefill", "decode"]
@@ -43,7 +45,7 @@ MUST_AGREE = (
 SHARE_TO_PIN = 4
 """Cores of an engine from which on its threads are pinned: with fewer, its own other processes would lack one."""
 
-RESERVED = ("model", "kv_transfer_config", "served_model_name")
+RESERVED = ("model", "kv_transfer_config", "kv_events_config", "served_model_name")
 """Engine arguments that Baton sets itself."""
 
 
@@ -104,6 +106,50 @@ class FrontEndSettings(Settings):
         default_factory=list,
         description="Further command-line arguments of vLLM's OpenAI server, such as `--max-logprobs=50`.",
     )
+
+
+class RoutingSection(Settings):
+    """Where requests run."""
+
+    preset: Literal["latency", "throughput", "always-disaggregated", "never", "round-robin", "least-loaded"] = Field(
+        "latency",
+        description="`latency`: the least time to first token with short gaps between tokens. `throughput`: longer "
+        "gaps, so that busy pools help each other sooner. `always-disaggregated`: whatever can be. `never`: each "
+        "request whole on one worker. To compare with: `round-robin` and `least-loaded` (by requests), which "
+        "disaggregate all that can be.",
+    )
+    itl_limit_s: float | None = Field(
+        None, gt=0, description="Longest usual time between two tokens of a stream, in place of the preset's."
+    )
+    gap_limit_s: float | None = Field(
+        None,
+        gt=0,
+        description="Longest single gap between two tokens when a prompt is read beside the stream, in place of the "
+        "preset's.",
+    )
+    borrow: bool | None = Field(
+        None, description="Whether an idle worker of one pool does the other's work, in place of the preset's choice."
+    )
+    behind_s: float | None = Field(
+        None,
+        ge=0,
+        description="A prefill pool whose best worker has this much to read is behind, in place of the preset's.",
+    )
+
+    cache_aware: bool = Field(
+        True, description="Whether workers publish which KV blocks they hold, and requests follow their blocks."
+    )
+    index_blocks: int = Field(
+        2_000_000,
+        ge=1000,
+        description="Most pairs of block and worker that a front end remembers: 150 to 200 bytes each.",
+    )
+
+    def policy(self) -> RoutingSettings:
+        """The preset with what is set over it."""
+        names = ("itl_limit_s", "gap_limit_s", "borrow", "behind_s")
+        own = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(PRESETS[self.preset], **own)
 
 
 class LimitSettings(Settings):
@@ -182,6 +228,7 @@ class Config(Settings):
         default_factory=AdmissionSettings,  # type: ignore[arg-type]
         description="Who may begin, who waits in which order, and who is refused.",
     )
+    routing: RoutingSection = Field(default_factory=RoutingSection, description="Where requests run.")  # type: ignore[arg-type]
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Bounds and budgets.")  # type: ignore[arg-type]
     objectives: ObjectiveSection = Field(default_factory=ObjectiveSection, description="What clients may expect.")  # type: ignore[arg-type]
     scaling: ScalingSection = Field(default_factory=ScalingSection, description="How the pools scale.")  # type: ignore[arg-type]
@@ -263,6 +310,7 @@ class Config(Settings):
             hang_s=self.limits.engine_hang_s,
             pull_timeout_s=self.limits.pull_timeout_s,
             token=self.token(),
+            events=self.routing.cache_aware and args.get("enable_prefix_caching") is not False,
             env={**(self._cpu_env(role) if not pool.num_gpus else {}), **self.env, **pool.env},
             pinned_threads=0 if pool.num_gpus else self._pinned_threads(role),
             transport=self.transport,

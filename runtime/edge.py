@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import time
@@ -19,6 +20,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.errors import STATUS, Refusal, anthropic_body, openai_body, retry_after
+from runtime.insight import INSIGHT_PATHS
 from runtime.metrics import REFUSALS
 from runtime.visit import Reception, Visit, current_visit
 
@@ -80,6 +82,8 @@ class Edge:
         key = _key(headers)
         if self._keys and scope["method"] != "OPTIONS" and path not in OPEN_PATHS and not self._known(key):
             raise Refusal("unauthorized", "This server needs an API key: send `Authorization: Bearer KEY`.")
+        if path in INSIGHT_PATHS and not self._keys and not _is_local(scope, headers):
+            raise Refusal("local_only", "Without API keys this is told on the server's own machine only.")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             raise _too_large(self._max_body_bytes)
@@ -89,6 +93,16 @@ class Edge:
         digest = _digest(key)
         # No early exit: the time must not tell which key came near.
         return sum(hmac.compare_digest(digest, known) for known in self._keys) > 0
+
+
+def _is_local(scope: Scope, headers: dict[bytes, bytes]) -> bool:
+    """Whether a request comes from this machine itself, and not over a proxy on it."""
+    if b"x-forwarded-for" in headers or b"forwarded" in headers or not scope.get("client"):
+        return False
+    try:
+        return ipaddress.ip_address(scope["client"][0]).is_loopback
+    except ValueError:
+        return False
 
 
 class _Exchange:

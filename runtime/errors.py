@@ -74,6 +74,7 @@ STATUS: dict[str, int] = {
     "context_length_exceeded": 400,
     "invalid_header": 400,
     "unauthorized": 401,
+    "local_only": 403,
     "body_too_large": 413,
     "unsupported_endpoint": 404,
 }
@@ -82,6 +83,7 @@ STATUS: dict[str, int] = {
 TYPES: dict[int, str] = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "NotFoundError",
     413: "invalid_request_error",
     429: "rate_limit_error",

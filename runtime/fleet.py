@@ -8,17 +8,20 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kv_transfer.engine import EngineFacts
 from kv_transfer.handoff import Handoff
+from kv_transfer.load import News
 from kv_transfer.nixl import IncompatibleEngines, check_compatible
+from runtime.account import Account, Charge
 from runtime.engine_board import subscribe
 from runtime.link import Link
 from runtime.metrics import SET_ASIDE, WORKERS_LOST
-from runtime.policy.types import Snapshot, WorkerView
+from runtime.policy.pool import Pool
+from runtime.policy.types import Snapshot
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -47,6 +50,9 @@ class OnLost(Protocol):
 EVENTS_KEPT = 20
 """So many deaths and returns of workers are remembered for `baton top`."""
 
+HANDOFF_MEMORY = 64.0
+"""The usual time of a message counts 1/e after so many news."""
+
 
 class State(Enum):
     """Where a worker is in its life, to one front end."""
@@ -71,14 +77,12 @@ class Worker:
     failures: set[str] = field(default_factory=set)  # requests that failed, with none between that worked
     since: float = field(default_factory=time.monotonic)  # of its state
     start_s: dict[str, float] = field(default_factory=dict)  # seconds of the phases that this front end sees
-    requests: int = 0
-    tokens: int = 0
+    account: Account = field(init=False)
     linked: float = field(default_factory=time.monotonic)
     out_of_time: asyncio.TimerHandle | None = None  # set while it drains
 
-    def view(self) -> WorkerView:
-        """As a policy sees it."""
-        return WorkerView(self.link.facts.engine_id, self.requests, self.tokens)
+    def __post_init__(self) -> None:
+        self.account = Account(self.link.facts)
 
 
 class Fleet:
@@ -114,6 +118,9 @@ class Fleet:
         self._drain_s = drain_s
         self._announced: dict[str, dict[str, EngineFacts]] = {}
         self._flaps: Counter[str] = Counter()  # short-lived links in a row, by engine id
+        self._snapshot: Snapshot | None = None  # None when workers have come, gone or changed their state since
+        self._newer: set[str] = set()  # workers whose views have changed since
+        self._handoff_s = 0.0
         self._closed = False
         self._connecting: set[asyncio.Task[None]] = set()
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
@@ -129,8 +136,18 @@ class Fleet:
             subscribe(application, handle.deployment_name, listener(role))
 
     def snapshot(self) -> Snapshot:
-        """The workers that may take work now."""
-        return Snapshot(self._ready("prefill"), self._ready("decode"))
+        """The workers that may take work now, and their loads."""
+        snapshot = self._snapshot
+        if snapshot is None:
+            snapshot = Snapshot(self._ready("prefill"), self._ready("decode"))
+        else:
+            for engine_id in self._newer:  # a worker that can take no work is in neither pool
+                worker = self.workers.get(engine_id)
+                if worker is not None and worker.state is State.READY:
+                    snapshot = snapshot.with_view(worker.account.view())
+        self._newer.clear()
+        self._snapshot = replace(snapshot, handoff_s=self._handoff_s)
+        return self._snapshot
 
     def ready(self) -> bool:
         """Whether both pools can serve."""
@@ -164,20 +181,32 @@ class Fleet:
         return [worker for worker in self.workers.values() if worker.state is state]
 
     @contextmanager
-    def charged(self, engine_id: str, tokens: int) -> Iterator[None]:
+    def charged(self, engine_id: str, charge: Charge) -> Iterator[None]:
         """Count a leg as a worker's load until the block ends."""
         worker = self.workers.get(engine_id)
         if worker is None:
             yield
             return
-        worker.requests += 1
-        worker.tokens += tokens
+        worker.account.open(charge)
+        self._newer.add(engine_id)
         try:
             yield
         finally:
-            worker.requests -= 1
-            worker.tokens -= tokens
+            worker.account.close(charge)
+            self._newer.add(engine_id)
             self.close_if_drained(engine_id)
+
+    def sent(self, engine_id: str, charge: Charge, number: int) -> None:
+        """Note that a leg is on its way, as which one of its link."""
+        if worker := self.workers.get(engine_id):
+            worker.account.sent(charge, number)
+            self._newer.add(engine_id)
+
+    def begun(self, engine_id: str, charge: Charge) -> None:
+        """Note a leg's first output."""
+        if worker := self.workers.get(engine_id):
+            worker.account.begun(charge)
+            self._newer.add(engine_id)
 
     def failed(self, engine_id: str, request_id: str) -> None:
         """Count a failure; after some in a row the worker is set aside until it is warmed anew."""
@@ -202,7 +231,9 @@ class Fleet:
     def close_if_drained(self, engine_id: str) -> None:
         """Let go of a draining worker once it has no legs and holds no blocks that somebody will pull."""
         worker = self.workers.get(engine_id)
-        if worker and worker.state is State.DRAINING and not worker.requests and not self._outstanding()[engine_id]:
+        if worker is None or worker.state is not State.DRAINING:
+            return
+        if not worker.account.requests and not self._outstanding()[engine_id]:
             worker.link.close("it is drained")
 
     def set_state(self, worker: Worker, state: State) -> None:
@@ -221,8 +252,19 @@ class Fleet:
         for worker in list(self.workers.values()):
             worker.link.close()
 
-    def _ready(self, role: str) -> tuple[WorkerView, ...]:
-        return tuple(w.view() for w in self.workers.values() if w.state is State.READY and w.link.facts.role == role)
+    def _ready(self, role: str) -> Pool:
+        ready = [w for w in self.workers.values() if w.state is State.READY and w.link.facts.role == role]
+        return Pool(worker.account.view() for worker in ready)
+
+    def _on_news(self, link: Link, news: News) -> None:
+        worker = self.workers.get(link.facts.engine_id)
+        if worker is None or worker.link is not link:
+            return
+        worker.account.news(news)
+        self._newer.add(link.facts.engine_id)
+        if link.exchange_s is not None:
+            memory = HANDOFF_MEMORY if self._handoff_s else 1.0
+            self._handoff_s += (link.exchange_s - self._handoff_s) / memory
 
     def _update(self, role: str, engines: list[dict[str, Any]]) -> None:
         present = {facts["engine_id"]: EngineFacts(**facts) for facts in engines}
@@ -252,7 +294,15 @@ class Fleet:
         self.set_state(worker, State.WARMING)
 
     def _connect(self, facts: EngineFacts) -> None:
-        link = Link(self._handles[facts.role], facts, self._front_end, self._token, self._on_outputs, self._lost)
+        link = Link(
+            self._handles[facts.role],
+            facts,
+            self._front_end,
+            self._token,
+            self._on_outputs,
+            self._on_news,
+            self._lost,
+        )
         worker = self.workers[facts.engine_id] = Worker(link)
         task = asyncio.get_running_loop().create_task(self._await_stream(worker))
         self._connecting.add(task)
@@ -305,5 +355,6 @@ class Fleet:
         self.events.append({"at": time.time(), "pool": facts.role, "engine_id": facts.engine_id, "what": what})
 
     def _wake(self) -> None:
+        self._snapshot = None
         self.changed.set()
         self.changed = asyncio.Event()

@@ -28,12 +28,15 @@ from vllm.v1.executor import Executor
 
 from decode.request import without_engine_args
 from runtime.bad_input import answer_bad_input
+from runtime.cache_view import CacheView
 from runtime.client_view import ClientView
 from runtime.cluster import Cluster
 from runtime.config import Config
 from runtime.edge import Edge
 from runtime.fleet import Fleet
 from runtime.fleet_metrics import FleetMetrics, serve_alone
+from runtime.insight import explain_route, placement_record
+from runtime.placement import Placement
 from runtime.pool_metrics import PoolMetrics, fleet_snapshot
 from runtime.reporter import Reporter
 from runtime.visit import Reception, current_visit
@@ -137,12 +140,15 @@ async def start_front_end(
     prefill_is_up = handles["prefill"].call.remote(None, token, "state", [])
     vllm_config = await handles["decode"].describe.remote(None, token)
     await prefill_is_up
-    cluster = Cluster(config.limits, config.admission.policy(), config.transport.lease_s)
+    placement = Placement(config.routing.policy(), CacheView(config.routing.index_blocks))
+    cluster = Cluster(config.limits, placement, config.admission.policy(), config.transport.lease_s)
     outstanding, move_s = cluster.ledger.outstanding, config.limits.grace.move_s
     cluster.fleet = Fleet(front_end, handles, token, cluster.on_outputs, cluster.on_lost, outstanding, move_s)
     cluster.seen = ClientView(config.objectives.policy())
     llm = FrontEndLLM.over(cluster, vllm_config)
-    cluster.fleet.follow(application or config.name)
+    application = application or config.name
+    cluster.fleet.follow(application)
+    placement.cache.follow(application, (handle.deployment_name for handle in handles.values()))
     cluster.start()
     for name in COMPLAINERS:
         logging.getLogger(name).addFilter(not_a_refusal)
@@ -186,9 +192,9 @@ def _add_own_routes(app: FastAPI, cluster: Cluster, reporter: Reporter) -> None:
     app.router.routes.append(Route("/metrics", metrics, methods=["GET"]))
 
     async def fleet(request: Request) -> JSONResponse:
-        return JSONResponse(fleet_snapshot(cluster, reporter))
+        return JSONResponse({**fleet_snapshot(cluster, reporter), "placement": placement_record(cluster)})
 
-    app.router.routes.append(Route("/baton/fleet", fleet, methods=["GET"]))
+    app.router.routes += [Route("/baton/fleet", fleet, methods=["GET"]), explain_route(cluster)]
 
 
 def _server_args(config: Config) -> Any:

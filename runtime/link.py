@@ -5,23 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kv_transfer.engine import EngineFacts
+from kv_transfer.load import News
 from kv_transfer.worker import FRONT_END_SILENCE_S
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
-    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 
     from kv_transfer.worker import Command
 
 logger = logging.getLogger("baton.link")
 
 HEARTBEAT_S = FRONT_END_SILENCE_S / 4
+
+EXCHANGE_MEMORY = 16.0
+"""A message's time counts 1/e after so many others; one that took very long counts as not quite so long."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,11 @@ class Link:
         front_end: str,
         token: str,
         on_outputs: Callable[[EngineCoreOutputs], None],
+        on_news: Callable[[Link, News], None],
         on_lost: Callable[[Link, str], None],
     ) -> None:
         self.facts = facts
+        self.exchange_s: float | None = None  # the usual time of a message there and back
         self.up = asyncio.Event()
         self.lost: str | None = None
         self._handle = handle
@@ -54,10 +61,13 @@ class Link:
         # A link that was lost and made anew is another one to the worker, which answers nothing that comes late.
         self._name = f"{front_end}-{uuid.uuid4().hex[:8]}"
         self._on_outputs = on_outputs
+        self._on_news = on_news
         self._on_lost = on_lost
         self._commands: asyncio.Queue[_Queued] = asyncio.Queue()
         self._under_way: list[_Queued] = []
         self._settled: list[str] = []
+        self._expected: dict[str, int] = {}
+        self._legs = 0
         # Handle calls from one Serve request share an id and can be mistaken for each other: belong to none.
         empty = contextvars.Context()
         loop = asyncio.get_running_loop()
@@ -72,6 +82,17 @@ class Link:
             self._commands.put_nowait(_Queued(command, on_dropped))
         elif on_dropped is not None:
             on_dropped()
+
+    def submit(self, request: EngineCoreRequest, expected: int, on_dropped: Callable[[], object]) -> int:
+        """Queue a leg, as `send` does, with the number of prompt tokens that are to be read or fetched.
+
+        Returns:
+            the leg's number on this link, as `News.legs` counts.
+        """
+        self._expected[request.request_id] = expected
+        self._legs += 1
+        self.send(request, on_dropped)
+        return self._legs
 
     def settled(self, leg_id: str) -> None:
         """Tell the worker, with whatever is sent next, that a leg's handoff was pulled or released."""
@@ -91,7 +112,10 @@ class Link:
             async for batches in stream:
                 self.up.set()
                 for batch in batches:
-                    self._on_outputs(batch)
+                    if isinstance(batch, News):
+                        self._on_news(self, batch)
+                    else:
+                        self._on_outputs(batch)
             self._lose("its output stream ended")
         except asyncio.CancelledError:
             stream.cancel()
@@ -108,8 +132,13 @@ class Link:
                     self._under_way.append(self._commands.get_nowait())
                 commands = [queued.command for queued in self._under_way]
                 settled, self._settled = self._settled, []
-                await self._handle.exchange.remote(self.facts.engine_id, self._token, self._name, commands, settled)
+                expected, self._expected = self._expected, {}
+                sent = time.monotonic()
+                await self._handle.exchange.remote(
+                    self.facts.engine_id, self._token, self._name, commands, settled, expected
+                )
                 self._under_way = []
+                self._exchanged(time.monotonic() - sent)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # as above
@@ -121,6 +150,10 @@ class Link:
             return [await asyncio.wait_for(self._commands.get(), HEARTBEAT_S)]
         except TimeoutError:
             return []
+
+    def _exchanged(self, seconds: float) -> None:
+        before = seconds if self.exchange_s is None else self.exchange_s
+        self.exchange_s = before + (min(seconds, 4 * before) - before) / EXCHANGE_MEMORY
 
     def _lose(self, why: str) -> None:
         if self.lost is not None:

@@ -75,6 +75,10 @@ ADVICE: dict[str, tuple[str, str]] = {
     "baton_requests": ("requests", "`failed`: see the front end's log. `refused`: too little capacity."),
     "baton_tenant_tokens": ("tokens", "This tenant has most of the fleet: its weight and the others' are settings."),
     "baton_time_to_first_token_seconds": ("seconds", "Prefill is behind (backlog), or prompts are long."),
+    "baton_ttft_over_predicted": (
+        "measured / predicted",
+        "Far from 1 for long: placement predicts badly. See `baton explain` and the log lines of `baton.placement`.",
+    ),
     "baton_waiting_requests": ("requests", "More arrives than the pools can take: see `baton_pool_queue_depth`."),
     "baton_waiting_seconds": ("seconds", "As above; a class with a lower priority waits longer."),
     "baton_waiting_tokens": ("tokens", "As above."),

@@ -8,6 +8,11 @@ PLANS = Counter("baton_plans_total", "Requests by the plan they were given and w
 WORKERS_LOST = Counter(
     "baton_workers_lost_total", "Workers that were lost without having been asked to leave, by pool.", ["pool"]
 )
+TTFT_OVER_PREDICTED = Histogram(
+    "baton_ttft_over_predicted",
+    "Time from a plan to the first token, as a multiple of what the plan predicted.",
+    buckets=(0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0),
+)
 RECOVERIES = Counter(
     "baton_recoveries_total",
     "Requests that went on after a loss, by kind (retried before the first token, resumed after it) and fault.",

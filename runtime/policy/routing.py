@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runtime.policy.baselines import in_turn, least_loaded
 from runtime.policy.decision import Candidate, Decision, rank
 from runtime.policy.types import Plan, Refused, RequestView, RoutingSettings, Snapshot
 
@@ -21,7 +22,8 @@ REASONS = {
     "no_prefill_workers": "there is only the decode pool",
     "always": "the settings say so, where it is possible",
     "never": "the settings say so",
-    "least_loaded": "workers without figures: by what this front end sent them",
+    "least_loaded": "fewest requests: the settings say so, or the workers have told no figures yet",
+    "round_robin": "the settings say so",
     "over_limits": "no plan keeps the limits; this one is least over them",
     "follows_cache": "quickest: this worker holds more of the prompt than the least loaded one",
     "protects_streams": "quickest within the limits: reading on a decode worker would hold up its streams",
@@ -33,10 +35,20 @@ REASONS = {
 """Why a plan was chosen: all labels there are, and what they mean."""
 
 
-def route(request: RequestView, snapshot: Snapshot, settings: RoutingSettings = LATENCY) -> Plan | Refused:
-    """The plan for a request, with its reason and prediction; or why there is none."""
+def route(
+    request: RequestView, snapshot: Snapshot, settings: RoutingSettings = LATENCY, turn: int = 0
+) -> Plan | Refused:
+    """The plan for a request, with its reason and prediction; or why there is none.
+
+    Args:
+        turn: how many requests there were before; only round robin counts.
+    """
     if not snapshot.decode and not snapshot.prefill:
         return Refused("no_workers")
+    if settings.mode == "round_robin":
+        return in_turn(request, snapshot, turn)
+    if settings.mode == "least_loaded":
+        return least_loaded(request, snapshot)
     return Decision(request, snapshot, settings).plan()
 
 
@@ -55,6 +67,8 @@ def explain(
     answer = route(request, snapshot, settings)
     if isinstance(answer, Refused):
         return answer, []
+    if settings.mode in ("round_robin", "least_loaded"):  # they look at no candidates
+        return answer, [Verdict(answer, f"wins: {REASONS[answer.reason]}")]
     decision = Decision(request, snapshot, settings)
     winner = decision.winner
     verdicts = [Verdict(answer, f"wins: {REASONS[answer.reason]}")]

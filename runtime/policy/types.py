@@ -112,7 +112,8 @@ class RoutingSettings:
     """What a plan may cost, and which plans there are.
 
     Attributes:
-        mode: `adaptive`; `always` disaggregates what can be; `never` runs each request whole, on any worker.
+        mode: `adaptive`; `always` disaggregates what can be; `never` runs each request whole, on any worker;
+            `round_robin` and `least_loaded` are to compare with (`runtime.policy.baselines`).
         itl_limit_s: longest time between two tokens of a stream, while nothing special happens.
         gap_limit_s: longest single gap between two tokens, when a prompt is read beside the stream.
         borrow: whether an idle worker of one pool does the work of the other.
@@ -120,7 +121,7 @@ class RoutingSettings:
         shortlist: so many workers of a pool are looked at for their load, and as many for what they hold.
     """
 
-    mode: Literal["adaptive", "always", "never"] = "adaptive"
+    mode: Literal["adaptive", "always", "never", "round_robin", "least_loaded"] = "adaptive"
     itl_limit_s: float = 0.1
     gap_limit_s: float = 0.2
     borrow: bool = True
@@ -133,6 +134,8 @@ PRESETS: dict[str, RoutingSettings] = {
     "throughput": RoutingSettings(itl_limit_s=0.2, gap_limit_s=1.0, behind_s=0.02),
     "always-disaggregated": RoutingSettings(mode="always", borrow=False),
     "never": RoutingSettings(mode="never", itl_limit_s=inf, gap_limit_s=inf, borrow=False),
+    "round-robin": RoutingSettings(mode="round_robin", borrow=False),
+    "least-loaded": RoutingSettings(mode="least_loaded", borrow=False),
 }
 """Settings by name."""
 

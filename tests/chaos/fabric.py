@@ -24,10 +24,13 @@ from kv_transfer.settings import EngineSettings, SimulatorSettings, TransportSet
 from kv_transfer.simulator import FIRST_TOKEN, SimulatedEngine, _fold
 from kv_transfer.worker import EngineWorker
 from runtime import engine_board
+from runtime.cache_view import CacheView
 from runtime.cluster import Cluster
 from runtime.config import LimitSettings
 from runtime.fleet import Fleet
+from runtime.placement import Placement
 from runtime.policy.admission import AdmissionPolicy
+from runtime.policy.types import PRESETS
 from runtime.warmup import Warmer
 
 VOCABULARY = 20_000
@@ -210,6 +213,7 @@ class Fabric:
         window_tokens: int = 8192,
         pull_timeout_s: float = 60.0,
         token: str = "the token of the tests",
+        **simulator: Any,
     ) -> None:
         self.random = random.Random(seed)
         self.application = application or uuid.uuid4().hex
@@ -231,7 +235,7 @@ class Fabric:
                 pull_timeout_s=pull_timeout_s,
                 token=self.token,
                 transport=TransportSettings(host="127.0.0.1", lease_s=LEASE_S),  # type: ignore[call-arg]
-                simulator=SimulatorSettings(**self.SIMULATOR),
+                simulator=SimulatorSettings(**{**self.SIMULATOR, **simulator}),
             )
             for role in ROLES
         }
@@ -334,11 +338,18 @@ class Fabric:
 class FrontEnd:
     """A front end without HTTP: the cluster, and a queue for each request."""
 
-    def __init__(self, fabric: Fabric, admission: AdmissionPolicy | None = None, **limits: Any) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        admission: AdmissionPolicy | None = None,
+        preset: str = "always-disaggregated",
+        **limits: Any,
+    ) -> None:
         self.name = uuid.uuid4().hex
         self.fabric = fabric
         settings = LimitSettings(**limits)
-        self.cluster = Cluster(settings, admission, LEASE_S)
+        placement = Placement(PRESETS[preset], CacheView(100_000))
+        self.cluster = Cluster(settings, placement, admission, LEASE_S)
         handles: Any = {role: Handle(fabric, role) for role in ROLES}
         self.cluster.fleet = Fleet(
             self.name,
@@ -358,6 +369,7 @@ class FrontEnd:
         self._reader = asyncio.ensure_future(self._read())
         self.cluster.fleet.follow(self.fabric.application)
         self.cluster.start()
+        self.cluster.placement.cache.follow(self.fabric.application, ROLES)
         self.warmer.start()
         await asyncio.wait_for(self.warmer.both_pools(), 30)
 

@@ -344,9 +344,10 @@ async def test_everything_at_once(make: Callable[..., Any], seed: int) -> None:
     async def trouble() -> None:
         while not calm.is_set():
             await asyncio.sleep(chance.uniform(0, 0.1))
-            if not (pools := [role for role, pool in fabric.pools.items() if pool]):
-                continue
-            worker = fabric.any(chance.choice(pools))
+            alive = [role for role, pool in fabric.pools.items() if pool]
+            if not alive or not front_end.cluster.fleet.ready():
+                continue  # or on a slow machine workers would die faster than they get warm, and nothing would go on
+            worker = fabric.any(chance.choice(alive))
             what = chance.random()
             if what < 0.7:
                 fabric.kill(worker, replace_after_s=chance.uniform(0, 0.2))
@@ -370,8 +371,10 @@ async def test_everything_at_once(make: Callable[..., Any], seed: int) -> None:
         assert leaves_after is not None or len(got) == tokens
 
     async def clients(number: int) -> None:
-        for turn in range(REQUESTS // CLIENTS):
+        turn = 0
+        while turn < REQUESTS // CLIENTS or fabric.kills < KILLS:
             await client(number * 1000 + turn)
+            turn += 1
 
     mischief = asyncio.ensure_future(trouble())
     await asyncio.gather(*(clients(number) for number in range(CLIENTS)))
@@ -382,9 +385,9 @@ async def test_everything_at_once(make: Callable[..., Any], seed: int) -> None:
         worker.simulated.faults.hang = False
         worker.simulated._work.set()
     print(f"seed {seed}: {fabric.kills} kills")
-    assert fabric.kills >= 70
-    await nothing_left(fabric, front_end, second)
+    assert fabric.kills >= KILLS
+    await nothing_left(fabric, front_end, second, within_s=20)  # replacements may still be warming up
 
 
 VOCABULARY_USED = 15_000
-REQUESTS, CLIENTS = 900, 45
+REQUESTS, CLIENTS, KILLS = 900, 45, 70

@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "decode": {"replicas": WORKERS},
     "transport": {"lease_s": 600},  # a block that waits for its lease to run out fails the test
     "limits": {"retry_budget": 50, "engine_hang_s": 4},
+    "routing": {"preset": "always-disaggregated"},
     # Streams of up to a second or two, and so few KV blocks that requests wait for them most of the time.
     "simulator": {"step_base_s": 0.02, "num_blocks": 256},
 }

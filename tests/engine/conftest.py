@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT, Server, baton_serve
 from tests.pools import Pools
@@ -14,9 +15,15 @@ FREE_S = 30.0
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """`make serve` as a user runs it. After the suite no engine holds a block and no process is left."""
-    with baton_serve(ROOT / "deploy/config/demo.yaml") as server:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`make serve` as a user runs it, but that every prompt that can be is disaggregated.
+
+    After the suite no engine holds a block and no process is left.
+    """
+    settings = yaml.safe_load((ROOT / "deploy/config/demo.yaml").read_text())
+    path = tmp_path_factory.mktemp("engine") / "settings.yaml"
+    path.write_text(yaml.safe_dump({**settings, "routing": {"preset": "always-disaggregated"}}))
+    with baton_serve(path) as server:
         yield server
 
 

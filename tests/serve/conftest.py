@@ -16,6 +16,7 @@ SETTINGS = {
     **yaml.safe_load((ROOT / "deploy/config/sim.yaml").read_text()),
     "prefill": {"replicas": 2},
     "decode": {"replicas": 2},
+    "routing": {"preset": "always-disaggregated"},
     "transport": {"lease_s": 600},  # a test that waits for a lease to run out fails
     "front_end": {"api_keys_env": "BATON_API_KEYS", "max_body_bytes": 100_000},
 }

@@ -40,7 +40,7 @@ async def worker(tmp_path: Path) -> AsyncIterator[DecodeWorker]:
 
 async def every_call(worker: DecodeWorker, engine_id: str | None, token: str) -> AsyncIterator[Any]:
     """Each way in, as an awaitable."""
-    yield worker.exchange(engine_id or "", token, "front-end", [], [])
+    yield worker.exchange(engine_id or "", token, "front-end", [], [], {})
     yield anext(worker.outputs(engine_id or "", token, "front-end"))
     yield worker.call(engine_id, token, "state", [])
     yield worker.describe(engine_id, token)

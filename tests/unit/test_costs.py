@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.policy.estimates import Line, WorkerCosts
-from runtime.policy.types import Cost
+from kv_transfer.costs import Cost, Line, WorkerCosts
 
 
 def true(size: float) -> float:
@@ -112,26 +111,32 @@ def test_same_observations_same_estimate(observations: list[tuple[float, float]]
 def test_worker_separates_reading_from_decoding() -> None:
     """From steps of all kinds: prompts alone, streams alone, both in one."""
     rng = random.Random(0)
-    costs = WorkerCosts(prefill=[(100, 0.2)])
-    assert costs.step is None
-    assert costs.pull is None
+    costs = WorkerCosts()
+    assert costs.prefill is costs.step is costs.pull is None
     for _ in range(400):
         streams, tokens = rng.choice([(0, 500), (8, 0), (1, 0), (32, 0), (8, 200), (16, 1000)])
         seconds = (0.02 + 0.001 * streams if streams else 0.0) + (0.005 + 0.002 * tokens if tokens else 0.0)
         costs.saw_step(seconds * rng.uniform(0.95, 1.05), tokens, streams)
-    assert costs.step is not None
+    assert costs.step is not None and costs.prefill is not None
     assert costs.step.of(8) == pytest.approx(0.028, rel=0.1)
     assert costs.prefill.of(500) == pytest.approx(1.005, rel=0.1)
 
 
 def test_worker_learns_its_pulls() -> None:
     """The first one is the seed."""
-    costs = WorkerCosts(prefill=[(100, 0.2)])
+    costs = WorkerCosts()
     for number in range(300):
         tokens = 50 + 37 * number % 3000
         costs.saw_pull(0.004 + 1e-5 * tokens, tokens)
     assert costs.pull is not None
     assert costs.pull.of(0) == pytest.approx(0.004, rel=0.2)
     assert costs.pull.of(2000) == pytest.approx(0.024, rel=0.1)
-    costs.saw_prompt(0.2, 100)
-    assert costs.prefill.of(100) == pytest.approx(0.2, rel=0.01)
+
+
+def test_last_tokens_of_pulled_prompts_say_nothing_of_reading() -> None:
+    """A decode worker computes one token of each pulled prompt: that must not change what it takes a prompt to cost."""
+    costs = WorkerCosts()
+    costs.seed(prompts=[(10, true(10)), (1000, true(1000))], steps=[(1, 0.02)])
+    for _ in range(500):
+        costs.saw_step(0.021, prompt_tokens=1, streams=4)
+    assert costs.prefill is not None and costs.prefill.of(1000) == pytest.approx(true(1000))

@@ -4,13 +4,14 @@ Each line starts from a self-measurement and follows what is observed since. It 
 errors (a millisecond matters more in a short step than in a long one), with old observations fading, and with an
 observation that is far off counted as not quite so far off: one hiccup hardly moves the line, a lasting change does
 within some tens of observations. Plain arithmetic on what is passed in: no clock, no randomness.
+
+Learned where the work is done, by the worker: it sees every step, and all front ends are told the same figures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from runtime.policy.types import Cost
+from typing import NamedTuple
 
 MEMORY = 64.0
 """An observation counts 1/e after so many others."""
@@ -32,6 +33,22 @@ LEAST_S = 1e-7
 
 SEED_WEIGHT = 8.0
 """So many observations is the self-measurement worth."""
+
+
+SMALL_TOKENS = 16
+"""A step with fewer prompt tokens says nothing of the time to read one (a pulled prompt's last token is computed)."""
+
+
+class Cost(NamedTuple):
+    """Seconds of some work as a line over its size. The policy's record of the same name is its own: it imports
+    nothing."""
+
+    fixed_s: float
+    each_s: float
+
+    def of(self, units: float) -> float:
+        """Seconds for `units` of work."""
+        return self.fixed_s + self.each_s * units
 
 
 class Line:
@@ -92,28 +109,17 @@ class Line:
 
 
 class WorkerCosts:
-    """The costs of one worker: what goes into its `WorkerView`.
+    """The costs of one worker, from what it sees itself do. Each is None until there is a first observation."""
 
-    Args:
-        prefill: uncached tokens and seconds of prompts that were read alone.
-        step: streams and seconds of decode steps; None for a worker that has not decoded yet.
-        pull: tokens and seconds of fetched handoffs; None for one that has not fetched any.
-    """
-
-    def __init__(
-        self,
-        prefill: Sequence[tuple[float, float]],
-        step: Sequence[tuple[float, float]] | None = None,
-        pull: Sequence[tuple[float, float]] | None = None,
-    ) -> None:
-        self._prefill = Line(prefill)
-        self._step = Line(step) if step else None
-        self._pull = Line(pull) if pull else None
+    def __init__(self) -> None:
+        self._prefill: Line | None = None
+        self._step: Line | None = None
+        self._pull: Line | None = None
 
     @property
-    def prefill(self) -> Cost:
+    def prefill(self) -> Cost | None:
         """Reading a prompt: for each prompt, and for each uncached token."""
-        return self._prefill.cost
+        return self._prefill.cost if self._prefill else None
 
     @property
     def step(self) -> Cost | None:
@@ -125,27 +131,33 @@ class WorkerCosts:
         """Fetching the blocks of a handoff: for each handoff, and for each token."""
         return self._pull.cost if self._pull else None
 
+    def seed(self, prompts: Sequence[tuple[float, float]], steps: Sequence[tuple[float, float]]) -> None:
+        """Start from a self-measurement: tokens and seconds of prompts, streams and seconds of steps."""
+        self._prefill = Line(prompts)
+        self._step = Line(steps)
+
     def saw_step(self, seconds: float, prompt_tokens: int, streams: int) -> None:
         """An engine step: so many prompt tokens were read in it, and so many streams got a token.
 
         In a step of both kinds the decode part is taken as known, and what is left goes to the prompt tokens.
         """
-        if not prompt_tokens:
-            if streams and self._step is None:
-                self._step = Line([(streams, seconds)])
-            elif streams and self._step is not None:
-                self._step.observe(streams, seconds)
+        if prompt_tokens < SMALL_TOKENS:
+            if streams:
+                self._step = _observed(self._step, streams, seconds)
             return
         decode_s = self._step.cost.of(streams) if streams and self._step is not None else 0.0
-        self._prefill.observe(prompt_tokens, seconds - decode_s)
-
-    def saw_prompt(self, seconds: float, tokens: int) -> None:
-        """A prompt that was read with nothing before or beside it: so many uncached tokens."""
-        self._prefill.observe(tokens, seconds)
+        self._prefill = _observed(self._prefill, prompt_tokens, seconds - decode_s)
 
     def saw_pull(self, seconds: float, tokens: int) -> None:
-        """A handoff whose blocks were fetched."""
-        if self._pull is None and tokens and seconds > 0:
-            self._pull = Line([(tokens, seconds)])
+        """A handoff whose blocks were fetched, with no other on its way. The first is taken to be all fixed part."""
+        if self._pull is None and tokens > 1 and seconds > LEAST_S:
+            self._pull = Line([(1, seconds), (tokens, seconds)])
         elif self._pull is not None:
             self._pull.observe(tokens, seconds)
+
+
+def _observed(line: Line | None, size: float, seconds: float) -> Line | None:
+    if line is None:
+        return Line([(size, seconds)]) if seconds > LEAST_S else None
+    line.observe(size, seconds)
+    return line
