@@ -43,7 +43,7 @@ class Handle:
         if self.sticks:
             self.stuck.set()
             await asyncio.Event().wait()
-        self.taken += args[2]
+        self.taken += args[3]
 
 
 async def until(condition: Any) -> None:
