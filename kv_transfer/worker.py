@@ -25,6 +25,7 @@ from kv_transfer.handoff import KV_PARAMS
 from kv_transfer.load import PERIOD_S, Meter, News
 from kv_transfer.pull_watch import PullWatch
 from kv_transfer.self_measurement import measure
+from kv_transfer.serve_replica import prepare_replica
 from kv_transfer.settings import EngineSettings
 from kv_transfer.worker_endpoint import WorkerMetrics, counts_of
 
@@ -72,14 +73,6 @@ class NoStream(Exception):
         return f"front end {self.args[0]} has no output stream here"
 
 
-def log_through_serve() -> None:
-    """Send Baton's log, and vLLM's of this process, where Ray Serve sends the log of a replica."""
-    for name in ("baton", "vllm"):
-        logger = logging.getLogger(name)
-        logger.parent = logging.getLogger("ray.serve")
-        logger.setLevel(logging.INFO)
-
-
 @dataclass
 class _FrontEnd:
     """What a worker keeps for one front end: its stream's queue, its legs, and the blocks that wait to be pulled."""
@@ -96,7 +89,7 @@ class EngineWorker:
     """Owns one engine core, from start to death: when the core dies the worker reports unhealthy and is replaced."""
 
     def __init__(self) -> None:
-        log_through_serve()
+        prepare_replica()
         self._engine: Engine | None = None
         self._front_ends: dict[str, _FrontEnd] = {}
         self._owner: dict[str, str] = {}  # leg id -> front end

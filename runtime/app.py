@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from decode.worker import DecodeWorker
-from kv_transfer.worker import log_through_serve
+from kv_transfer.serve_replica import prepare_replica
 from prefill.worker import PrefillWorker
 from runtime.config import ROLES, Config, Role, load
 from runtime.errors import ConfigError
@@ -152,7 +152,7 @@ class FrontEndReplica:
         from runtime.frontend import start_front_end  # vLLM's server: only where it runs
         from runtime.http_server import HttpServer
 
-        log_through_serve()
+        prepare_replica()
         settings = Config.model_validate(config)
         self._drain_s = settings.limits.drain_s
         handles = {"prefill": prefill, "decode": decode}

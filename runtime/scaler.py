@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from kv_transfer.worker import log_through_serve
+from kv_transfer.serve_replica import prepare_replica
 from runtime.brain import Brain
 from runtime.config import Config, Role
 from runtime.policy.scaling_records import Answer
@@ -38,7 +38,7 @@ class Scaler:
     """The replica: one brain for both pools."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        log_through_serve()
+        prepare_replica()
         self._application = serve.get_replica_context().app_name
         self._brain = Brain(Config.model_validate(config).scaling_policy())
         self._status: FleetStatus | None = None

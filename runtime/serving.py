@@ -51,11 +51,18 @@ def serve_until_stopped(config: Config, address: str | None = None) -> int:
         _say(started, "stopped")
 
 
+LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+"""Ray listens on the machine's address, whatever address it is given, unless it believes that there can be no other
+machine (`ray._private.services.get_node_ip_address`). Whoever joins such a cluster needs the variable, too."""
+
+
 def start_ray(address: str | None) -> None:
     """Join the Ray cluster at `address`, or start one on this machine alone."""
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    if address is None:
+        os.environ.setdefault(*LOOPBACK)
     for name in ("ray", "ray.serve"):  # what they say here means nothing to a user; faults are told by `_deploy`
         logging.getLogger(name).setLevel(logging.ERROR)
     import ray

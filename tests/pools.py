@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from contextlib import suppress
 from typing import Any
+
+from runtime.serving import LOOPBACK
+
+os.environ.setdefault(*LOOPBACK)  # before Ray is imported
 
 import ray
 from ray import serve

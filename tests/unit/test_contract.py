@@ -98,3 +98,10 @@ def test_what_is_patched() -> None:
 def test_a_call_names_its_engine_first() -> None:
     """Serve's pending request carries the arguments of the call, by which the router chooses."""
     assert "args" in {field.name for field in dataclasses.fields(PendingRequest)}
+
+
+def test_where_serve_opens_a_replicas_server() -> None:
+    """By this name, which `kv_transfer.serve_replica` replaces."""
+    from ray.serve._private import replica
+
+    assert "add_port_to_grpc_server(self._server" in inspect.getsource(replica)
