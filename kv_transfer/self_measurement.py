@@ -61,6 +61,17 @@ async def _run(
     left = {request.request_id for request in running}
     for request in running:
         await engine.add(request)
+    try:
+        await _follow(engine, left, tokens * requests, prompts, steps)
+    finally:
+        if left:
+            await engine.abort(list(left))
+
+
+async def _follow(
+    engine: Engine, left: set[str], tokens: int, prompts: list[tuple[float, float]], steps: list[tuple[float, float]]
+) -> None:
+    """Note each step until the requests `left` have ended."""
     while left:
         outputs = await engine.outputs()
         left -= {output.request_id for output in outputs.outputs if output.finished}
@@ -70,7 +81,7 @@ async def _run(
         seconds = max(step.elapsed_ms / 1000.0, 2 * LEAST_S)
         if not step.num_ctx_tokens and step.num_generation_requests:
             steps.append((step.num_generation_requests, seconds))
-        elif step.num_ctx_tokens == tokens * requests and not step.num_generation_requests:
+        elif step.num_ctx_tokens == tokens and not step.num_generation_requests:
             prompts.append((step.num_ctx_tokens, seconds))
 
 

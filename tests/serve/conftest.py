@@ -45,4 +45,4 @@ def nothing_held(pools: Pools) -> Iterator[None]:
     """Every test leaves nothing pinned; a replaced worker may still be warming when it ends."""
     yield
     left = pools.wait_until_free(30)
-    assert not left, f"blocks are still held after the test by {left}"
+    assert not left, f"blocks are still held after the test: {[pools.states(role) for role in left]}"
