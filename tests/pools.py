@@ -72,8 +72,14 @@ class Pools:
 
     def wait_until_free(self, timeout_s: float) -> list[str]:
         """Roles that still hold blocks after `timeout_s`; empty as soon as none does."""
-        wait_for(lambda: not self.held(), timeout_s)
-        return self.held()
+        left: list[str] = []
+
+        def free() -> bool:
+            left[:] = self.held()
+            return not left
+
+        wait_for(free, timeout_s)
+        return left  # and not what is held a moment later: a worker that has just come may be warming
 
     def close(self) -> None:
         """Leave the cluster."""
