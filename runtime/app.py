@@ -53,7 +53,7 @@ def application(config: Config, *, own_server: bool = False) -> Application:
         FrontEndReplica,
         name="front-end",
         num_replicas=config.front_end.replicas,
-        max_ongoing_requests=config.front_end.max_requests,
+        max_ongoing_requests=MAX_ONGOING,
         ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_timeout_s=config.limits.grace.serve_s,
     )

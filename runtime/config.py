@@ -96,7 +96,7 @@ class FrontEndSettings(Settings):
         None, description="Name of an environment variable with API keys, separated by commas."
     )
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body, in bytes.")
-    max_requests: int = Field(4096, ge=1, description="Requests that one front end works on at a time; more get a 503.")
+    max_requests: int = Field(4096, ge=1, description="Requests that one front end has open at a time; more get a 429.")
     tool_call_parser: str | None = Field(None, description="vLLM's tool call parser for the model, such as `hermes`.")
     reasoning_parser: str | None = Field(
         None, description="vLLM's reasoning parser for the model, such as `deepseek_r1`."

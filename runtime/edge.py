@@ -41,11 +41,24 @@ class BodyTooLarge(Exception):
 
 
 class Edge:
-    """The app behind its edge."""
+    """The app behind its edge.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, api_keys: Sequence[str], reception: Reception) -> None:
+    Args:
+        max_requests: so many POST requests are open at a time; more are refused.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        api_keys: Sequence[str],
+        reception: Reception,
+        max_requests: int = 4096,
+    ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._max_requests = max_requests
+        self._open = 0
         self._keys = [_digest(key.encode()) for key in api_keys]
         self._reception = reception
 
@@ -61,8 +74,10 @@ class Edge:
             REFUSALS.labels(reason=refusal.reason).inc()
             await _refuse(send, path, refusal)
             return
-        exchange = _Exchange(receive, send, self._max_body_bytes, visit, scope["method"] == "POST")
+        posted = scope["method"] == "POST"
+        exchange = _Exchange(receive, send, self._max_body_bytes, visit, posted)
         token = current_visit.set(visit)
+        self._open += posted
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except Exception:
@@ -70,6 +85,7 @@ class Edge:
                 raise
             logger.debug("the app failed over a refused request", exc_info=True)
         finally:
+            self._open -= posted
             current_visit.reset(token)
             exchange.close()
         if visit.refusal is not None and not visit.started:
@@ -87,6 +103,8 @@ class Edge:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             raise _too_large(self._max_body_bytes)
+        if scope["method"] == "POST" and self._open >= self._max_requests:
+            raise Refusal("overloaded", "This front end has as many open requests as it may have.", 1.0)
         return self._reception.visit(headers, _digest(key) if key else None)
 
     def _known(self, key: bytes) -> bool:

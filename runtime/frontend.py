@@ -168,6 +168,7 @@ async def start_front_end(
         max_body_bytes=config.front_end.max_body_bytes,
         api_keys=config.api_keys(),
         reception=Reception(config.admission),
+        max_requests=config.front_end.max_requests,
     )
     return FrontEnd(app, edge, llm, warmer, reporter)
 

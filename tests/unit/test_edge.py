@@ -279,3 +279,26 @@ async def test_a_wrong_header_is_refused() -> None:
         response = await http.get("/v1/models", headers={"x-baton-deadline-ms": "soon"})
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "invalid_header"
+
+
+async def test_open_requests_are_bounded() -> None:
+    """One more than the limit is refused at once; when one has ended there is room again; probes always get through."""
+    go_on = asyncio.Event()
+
+    async def slow(request: Request) -> PlainTextResponse:
+        await go_on.wait()
+        return PlainTextResponse("done")
+
+    app = Starlette(routes=[Route("/", slow, methods=["POST"]), Route("/health", echo)])
+    edge = Edge(app, 1000, (), Reception(AdmissionSettings()), max_requests=2)  # type: ignore[call-arg]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(edge), base_url="http://test") as http:
+        first = [asyncio.ensure_future(http.post("/")) for _ in range(2)]
+        while edge._open < 2:
+            await asyncio.sleep(0)
+        refused = await http.post("/")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+        assert refused.headers["retry-after"] == "1"
+        assert (await http.get("/health")).status_code == 200
+        go_on.set()
+        assert [(await response).text for response in first] == ["done", "done"]
+        assert (await http.post("/")).status_code == 200
