@@ -127,8 +127,8 @@ def test_never_below_what_drains(load: FleetLoad, chosen: ScalingSettings) -> No
 @settings(max_examples=50)
 @given(fleets(10_000.0), choices(), st.data())
 def test_the_right_pool_for_the_right_cause(load: FleetLoad, chosen: ScalingSettings, data: st.DataObject) -> None:
-    """What waits for one pool never grows the other, unless a ratio ties them."""
-    chosen = replace(chosen, ratio=None, budget_gpus=None)
+    """What waits for one pool never grows the other, unless a ratio ties them, or it takes back the help it lent."""
+    chosen = replace(chosen, ratio=None, budget_gpus=None, borrow_s=0.0)
     before = remembered(load, chosen)
     base = scale(load, chosen, before)[0]
     more = data.draw(st.integers(1, 10**6))
