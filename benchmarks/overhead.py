@@ -102,10 +102,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=100, help="one after the other, in each round")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=400, help="of each stream")
+    parser.add_argument("--preset", default="always-disaggregated", help="of routing: how Baton places requests")
     parser.add_argument("--config", type=Path, default=ROOT / "deploy/config/sim.yaml")
     asked = parser.parse_args()
     settings: dict[str, Any] = yaml.safe_load(asked.config.read_text())
     settings["simulator"] = {**settings.get("simulator", {}), "zero_time": True}
+    settings["routing"] = {"preset": asked.preset}
     config = load(asked.config)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "settings.yaml"

@@ -45,6 +45,11 @@ HANG_CHECKS = 10
 """How often in `EngineSettings.hang_s` an engine that has work is looked at, and in `pull_timeout_s` its pulls."""
 
 
+MESSAGE_S = 0.002
+"""Messages to a front end leave at least so far apart. No step of a real engine is that short; what an engine makes
+faster goes in one message, which costs both sides about a millisecond whatever it carries."""
+
+
 class WrongIncarnation(Exception):
     """The caller meant another engine, most likely one that stood here before."""
 
@@ -196,6 +201,7 @@ class EngineWorker:
             yield [peer.told]
             while batch := await _drain(peer.queue):
                 yield batch
+                await asyncio.sleep(MESSAGE_S)
         finally:
             if self._front_ends.get(front_end) is peer:
                 del self._front_ends[front_end]

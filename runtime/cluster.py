@@ -31,6 +31,7 @@ from runtime.metrics import RECOVERIES
 from runtime.placement import Placement
 from runtime.policy.admission import AdmissionPolicy
 from runtime.policy.types import Disaggregated, Plan
+from runtime.steps import as_one_step
 from runtime.visit import Visit, current_visit
 from runtime.waiting_room import WaitingRoom
 
@@ -387,8 +388,11 @@ class Cluster(EngineCoreClient):
         live.task = asyncio.get_running_loop().create_task(self._serve(live), context=contextvars.Context())
 
     async def get_output_async(self) -> EngineCoreOutputs:
-        """The next outputs, of any worker."""
-        return await self._outputs.get()
+        """The next outputs, of any worker: all that have come, as one step."""
+        outputs = [await self._outputs.get()]
+        while not self._outputs.empty():
+            outputs.append(self._outputs.get_nowait())
+        return as_one_step(outputs)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """End these requests wherever they are."""

@@ -22,6 +22,7 @@ from runtime.link import Link
 from runtime.metrics import SET_ASIDE, WORKERS_LOST
 from runtime.policy.pool import Pool
 from runtime.policy.types import Snapshot
+from runtime.stream_reader import StreamReader
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -122,6 +123,7 @@ class Fleet:
         self._newer: set[str] = set()  # workers whose views have changed since
         self._handoff_s = 0.0
         self._closed = False
+        self._reader = StreamReader()
         self._connecting: set[asyncio.Task[None]] = set()
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
 
@@ -251,6 +253,7 @@ class Fleet:
         self._closed = True
         for worker in list(self.workers.values()):
             worker.link.close()
+        self._reader.close()
 
     def _ready(self, role: str) -> Pool:
         ready = [w for w in self.workers.values() if w.state is State.READY and w.link.facts.role == role]
@@ -302,6 +305,7 @@ class Fleet:
             self._on_outputs,
             self._on_news,
             self._lost,
+            self._reader,
         )
         worker = self.workers[facts.engine_id] = Worker(link)
         task = asyncio.get_running_loop().create_task(self._await_stream(worker))

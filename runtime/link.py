@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kv_transfer.engine import EngineFacts
 from kv_transfer.load import News
 from kv_transfer.worker import FRONT_END_SILENCE_S
+from runtime.stream_reader import StreamReader
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -38,8 +39,8 @@ class _Queued:
 
 
 class Link:
-    """Two tasks: one sends what is queued as one handle call at a time (so order holds and bursts batch by
-    themselves), one reads the worker's output stream. When either fails the link is lost, once and for good.
+    """A task sends what is queued as one handle call at a time (so order holds and bursts batch by themselves), and
+    `reader` reads the worker's output stream. When either fails the link is lost, once and for good.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Link:
         on_outputs: Callable[[EngineCoreOutputs], None],
         on_news: Callable[[Link, News], None],
         on_lost: Callable[[Link, str], None],
+        reader: StreamReader,
     ) -> None:
         self.facts = facts
         self.exchange_s: float | None = None  # the usual time of a message there and back
@@ -69,9 +71,8 @@ class Link:
         self._expected: dict[str, int] = {}
         self._legs = 0
         # Handle calls from one Serve request share an id and can be mistaken for each other: belong to none.
-        empty = contextvars.Context()
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._read(), context=empty), loop.create_task(self._write(), context=empty)]
+        self._writing = asyncio.get_running_loop().create_task(self._write(), context=contextvars.Context())
+        self._reading = reader.read(self._open, self._take, self._ended)
 
     def send(self, command: Command, on_dropped: Callable[[], object] | None = None) -> None:
         """Queue a leg, or the ids of legs to abort; never blocks.
@@ -106,22 +107,22 @@ class Link:
         """Lose the link on purpose; the worker aborts this front end's legs."""
         self._lose(why)
 
-    async def _read(self) -> None:
-        stream = self._handle.options(stream=True).outputs.remote(self.facts.engine_id, self._token, self._name)
-        try:
-            async for batches in stream:
-                self.up.set()
-                for batch in batches:
-                    if isinstance(batch, News):
-                        self._on_news(self, batch)
-                    else:
-                        self._on_outputs(batch)
-            self._lose("its output stream ended")
-        except asyncio.CancelledError:
-            stream.cancel()
-            raise
-        except Exception as error:  # any failure of the stream means the same: this worker is dead to us
-            self._lose(f"its output stream broke: {type(error).__name__}")
+    def _open(self) -> Any:
+        return self._handle.options(stream=True).outputs.remote(self.facts.engine_id, self._token, self._name)
+
+    def _take(self, batches: list[EngineCoreOutputs | News]) -> None:
+        if self.lost is not None:
+            return
+        self.up.set()
+        for batch in batches:
+            if isinstance(batch, News):
+                self._on_news(self, batch)
+            else:
+                self._on_outputs(batch)
+
+    def _ended(self, error: Exception | None) -> None:
+        # Any failure of the stream means the same: this worker is dead to us.
+        self._lose("its output stream ended" if error is None else f"its output stream broke: {type(error).__name__}")
 
     async def _write(self) -> None:
         await self.up.wait()
@@ -160,10 +161,9 @@ class Link:
             return
         self.lost = why
         self.up.set()  # whoever waits for it looks at `lost` next
-        current = asyncio.current_task()
-        for task in self._tasks:
-            if task is not current:
-                task.cancel()
+        self._reading.cancel()
+        if self._writing is not asyncio.current_task():
+            self._writing.cancel()
         self._on_lost(self, why)
         dropped = self._under_way
         while not self._commands.empty():

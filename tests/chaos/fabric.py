@@ -10,7 +10,8 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -112,17 +113,18 @@ class Call:
 
 
 class Stream:
-    """A streaming call."""
+    """A streaming call. Read in another thread's loop than the one that the workers live in."""
 
     def __init__(self, handle: Handle, method: str, engine_id: str | None, args: tuple[Any, ...]) -> None:
+        self._home = handle.fabric.loop
         self._handle, self._method, self._engine_id, self._args = handle, method, engine_id, args
         self._task: asyncio.Task[None] | None = None
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         """Items until the stream ends or the worker dies."""
-        worker = await self._handle.reach(self._engine_id)
         items: asyncio.Queue[Any] = asyncio.Queue()
-        self._task = asyncio.ensure_future(self._pump(worker, items))
+        loop = asyncio.get_running_loop()
+        self._home.call_soon_threadsafe(self._begin, lambda item: loop.call_soon_threadsafe(items.put_nowait, item))
         while True:
             kind, value = await items.get()
             if kind == "item":
@@ -132,34 +134,47 @@ class Stream:
             else:
                 raise value
 
-    async def _pump(self, worker: Worker, items: asyncio.Queue[Any]) -> None:
+    def _begin(self, put: Callable[[Any], object]) -> None:
+        self._task = asyncio.ensure_future(self._pump(put))
+
+    async def _pump(self, put: Callable[[Any], object]) -> None:
+        with suppress(RuntimeError):  # the reader's loop is closed
+            try:
+                worker = await self._handle.reach(self._engine_id)
+                async for item in self._until_death(worker):
+                    put(("item", item))
+                put(("end", None))
+            except Died as error:
+                put(("error", error))
+
+    async def _until_death(self, worker: Worker) -> AsyncIterator[Any]:
         death = asyncio.ensure_future(worker.killed.wait())
         generator = getattr(worker, self._method)(self._engine_id, *self._args)
         step: asyncio.Future[Any] = asyncio.ensure_future(asyncio.sleep(0))
         try:
             while True:
-                step = asyncio.ensure_future(anext(generator))
+                step = asyncio.ensure_future(anext(generator, None))
                 await asyncio.wait({step, death}, return_when=asyncio.FIRST_COMPLETED)
                 if worker.killed.is_set():
                     step.cancel()
-                    items.put_nowait(("error", Died(self._method)))
-                    return
+                    raise Died(self._method)
                 await self._handle.fabric.delay()
-                items.put_nowait(("item", step.result()))
-        except StopAsyncIteration:
-            items.put_nowait(("end", None))
+                if (item := step.result()) is None:
+                    return
+                yield item
         except asyncio.CancelledError:
             step.cancel()
             await asyncio.wait({step})
             await generator.aclose()
             raise
-        except Exception as error:
-            items.put_nowait(("error", error))
         finally:
             death.cancel()
 
     def cancel(self) -> None:
         """Ray's way to give up a stream: the worker's generator is closed."""
+        self._home.call_soon_threadsafe(self._close)
+
+    def _close(self) -> None:
         if self._task is not None and not self._handle.fabric.is_silent(self._args[1]):
             self._task.cancel()
 
@@ -243,6 +258,7 @@ class Fabric:
 
     async def start(self) -> None:
         """Start both pools."""
+        self.loop = asyncio.get_running_loop()
         for role in ROLES:
             for _ in range(self._workers):
                 await self.add(role)
@@ -402,7 +418,8 @@ class FrontEnd:
         try:
             while finished is None:
                 tokens, finished = await queue.get()
-                yield tokens
+                for token in tokens:  # one by one, so that nobody misses the token that they wait for
+                    yield [token]
             if finished == "error":
                 raise RuntimeError(f"{request_id} ended with an error")
             await asyncio.sleep(0)

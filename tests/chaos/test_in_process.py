@@ -270,7 +270,7 @@ async def test_a_stream_outlasts_its_workers_drain(make: Callable[..., Any]) -> 
         got += tokens
         if len(got) == 10:
             fleet = front_end.cluster.fleet
-            leaving = next(engine_id for engine_id, worker in fleet.workers.items() if worker.requests)
+            leaving = next(engine_id for engine_id, worker in fleet.workers.items() if worker.account.requests)
             fabric.drain(next(w for w in fabric.pools["decode"] if w.engine.facts.engine_id == leaving))
             await asyncio.sleep(0.2)
             assert leaving not in fleet.workers

@@ -9,6 +9,7 @@ from typing import Any
 
 from kv_transfer.engine import EngineFacts
 from runtime.link import Link
+from runtime.stream_reader import StreamReader
 
 FACTS = EngineFacts("e", "decode", "m", "auto", "auto", 16, 1, 8192, 100, "127.0.0.1", 1)
 
@@ -55,9 +56,9 @@ async def until(condition: Any) -> None:
 
 async def test_dropped_commands_are_handed_back_once() -> None:
     """Those under way, those that wait, and those that come too late; not those that were taken."""
-    handle, dropped = Handle(), []
+    handle, dropped, reader = Handle(), [], StreamReader()
     quiet: Any = lambda link, what: None  # noqa: E731
-    link = Link(handle, FACTS, "f", "the token", lambda batch: None, quiet, quiet)  # type: ignore[arg-type]
+    link = Link(handle, FACTS, "f", "the token", lambda batch: None, quiet, quiet, reader)  # type: ignore[arg-type]
     link.send(["taken"], lambda: dropped.append("taken"))
     await until(lambda: handle.taken)
     handle.sticks = True
@@ -68,5 +69,6 @@ async def test_dropped_commands_are_handed_back_once() -> None:
     link.close()
     link.send(["late"], lambda: dropped.append("late"))
     link.close()
+    reader.close()
     assert handle.taken == [["taken"]]
     assert dropped == ["under way", "waits", "late"]
