@@ -15,6 +15,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from ray.serve._private.common import ReplicaQueueLengthInfo, RunningReplicaInfo
+from ray.serve._private.replica_result import ReplicaResult
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.request_router import RequestRouter
@@ -32,6 +34,26 @@ class EngineGone(Exception):
 
     def __str__(self) -> str:
         return f"no replica has engine {self.args[0]}"
+
+
+class WillingReplica(RunningReplica):
+    """A replica that is not asked whether it has room for a call.
+
+    Serve's replicas answer that in a message of its own, before they begin. Baton bounds what it sends itself, and a
+    replica that is about to go must still hear of aborts, so the message is only a delay: about a millisecond and a
+    half of each call.
+    """
+
+    def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> ReplicaResult:
+        """Serve's hook for sending a call."""
+        result = super().try_send_request(pr, with_rejection=False)
+        if with_rejection:
+            result.get_rejection_response = _has_room  # type: ignore[method-assign]
+        return result
+
+
+async def _has_room() -> ReplicaQueueLengthInfo:
+    return ReplicaQueueLengthInfo(accepted=True, num_ongoing_requests=0)
 
 
 class PinnedRouter(RequestRouter):
@@ -61,6 +83,10 @@ class PinnedRouter(RequestRouter):
         self._by_engine.update(here)
         facts = [dict(r.replica_metadata) for r in replicas if r.replica_metadata]
         engine_board.publish(self._deployment_id.app_name, self._deployment_id.name, facts)
+
+    def create_replica_wrapper(self, replica_info: RunningReplicaInfo) -> RunningReplica:
+        """Serve's hook for how replicas are called."""
+        return WillingReplica(replica_info)
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
