@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from decode.worker import DecodeWorker
@@ -87,6 +88,7 @@ def _pool(config: Config, role: Role) -> Application:
         health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=config.limits.grace.serve_s,
+        logging_config=LoggingConfig(enable_access_log=False),  # a call is a message here, not a request
         **replicas_of(config, role),
         **placement(config, role),
     )
