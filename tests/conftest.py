@@ -7,13 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import hypothesis
@@ -138,11 +139,18 @@ def serving(
             assert time.monotonic() - started < timeout_s, "\n".join(lines)
         assert lines and ready in lines[-1], f"{command[0]} did not get ready:\n" + "\n".join(lines)
         server = Server(process, f"http://127.0.0.1:{port}", mark, lines, time.monotonic() - started)
+        # A pipe that nobody reads fills up, and the server would stand still.
+        threading.Thread(target=_keep_reading, args=(process.stdout, lines), daemon=True).start()
         yield server
         server.client.close()
     finally:
         stop(process, mark)
         process.stdout.close()
+
+
+def _keep_reading(output: IO[str], lines: list[str]) -> None:
+    with suppress(ValueError):  # it is closed
+        lines.extend(line.rstrip() for line in output)
 
 
 def stop(process: subprocess.Popen[str], mark: str) -> None:

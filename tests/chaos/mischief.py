@@ -105,6 +105,4 @@ class Mischief:
 
 def _listens(pid: int) -> bool:
     """Whether a front end is up: until then its process is there, but nothing connects to it."""
-    with suppress(psutil.Error):
-        return any(socket.status == psutil.CONN_LISTEN for socket in psutil.Process(pid).net_connections("tcp"))
-    return False
+    return any(socket.pid == pid and socket.status == psutil.CONN_LISTEN for socket in psutil.net_connections("tcp"))
