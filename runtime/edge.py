@@ -80,10 +80,14 @@ class Edge:
         self._open += posted
         try:
             await self._app(scope, exchange.receive, exchange.send)
-        except Exception:
-            if not exchange.refused:
+        except Exception as error:
+            if exchange.refused:
+                logger.debug("the app failed over a refused request", exc_info=True)
+            elif isinstance(error.__cause__, ValueError) and not visit.started:
+                # vLLM answers 400 for it elsewhere. Here it had begun a stream, whose start we hold.
+                visit.refuse(Refusal("malformed", f"The request can't be answered: {error.__cause__}"))
+            else:
                 raise
-            logger.debug("the app failed over a refused request", exc_info=True)
         finally:
             self._open -= posted
             current_visit.reset(token)

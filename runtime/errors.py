@@ -73,6 +73,7 @@ STATUS: dict[str, int] = {
     "no_workers": 503,
     "context_length_exceeded": 400,
     "invalid_header": 400,
+    "malformed": 400,
     "unauthorized": 401,
     "local_only": 403,
     "body_too_large": 413,

@@ -33,6 +33,7 @@ class StreamReader:
     def __init__(self) -> None:
         self._home = asyncio.get_running_loop()
         self._loop = asyncio.new_event_loop()
+        self._closed = False
         threading.Thread(target=self._run, name="baton-streams", daemon=True).start()
 
     def read(self, open_stream: Callable[[], Stream], take: Callable[[T], object], ended: Ended) -> Future[None]:
@@ -45,7 +46,10 @@ class StreamReader:
         return contextvars.Context().run(asyncio.run_coroutine_threadsafe, work, self._loop)
 
     def close(self) -> None:
-        """Give up what is still read, and end the thread."""
+        """Give up what is still read, and end the thread. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
 
     def _run(self) -> None:

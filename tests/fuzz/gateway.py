@@ -118,7 +118,7 @@ class Gateway:
             if not done:
                 raise TimeoutError(f"{method} {path} goes on {LEAVING_S} s after its client left")
         error = None if task.cancelled() else task.exception()
-        fault = "".join(traceback.format_exception(error)[-6:]) if error else ""
+        fault = "".join(traceback.format_exception(_first(error))[-6:]) if error else ""
         return Answer(exchange.status, bytes(exchange.body), fault, exchange.left.is_set())
 
     async def left_behind(self) -> dict[str, Any]:
@@ -176,3 +176,10 @@ class _Exchange:
 
 QUESTION = {"model": MODEL, "prompt": "Hello", "max_tokens": 4, "temperature": 0}
 """A request whose answer shows that all is well."""
+
+
+def _first(error: BaseException) -> BaseException:
+    """What an exception began with."""
+    while (cause := error.__cause__) is not None:
+        error = cause
+    return error

@@ -302,3 +302,33 @@ async def test_open_requests_are_bounded() -> None:
         go_on.set()
         assert [(await response).text for response in first] == ["done", "done"]
         assert (await http.post("/")).status_code == 200
+
+
+@pytest.mark.parametrize("stream_began", [False, True])
+async def test_a_body_that_breaks_the_stream_is_refused(*, stream_began: bool) -> None:
+    """vLLM may notice that it can't answer only when it makes a stream's first event: no client gets a 500 for that."""
+
+    async def events() -> AsyncIterator[str]:
+        if stream_began:
+            visit = current_visit.get()
+            assert visit is not None
+            visit.admitted = True
+            yield "data: {}\n\n"
+        raise ValueError("background may not be null")
+
+    async def respond(request: Request) -> Response:
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def bad(request: Request, error: Exception) -> Response:
+        return JSONResponse({}, status_code=400)
+
+    app = Starlette(routes=[Route("/v1/responses", respond, methods=["POST"])], exception_handlers={ValueError: bad})
+    transport = httpx.ASGITransport(Edge(app, 1000, (), Reception(AdmissionSettings())))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        if stream_began:
+            with pytest.raises(RuntimeError, match="response already started"):  # too late: the connection breaks
+                await http.post("/v1/responses", json={})
+            return
+        response = await http.post("/v1/responses", json={})
+    assert (response.status_code, response.headers["x-baton-refusal"]) == (400, "malformed")
+    assert "background may not be null" in response.json()["error"]["message"]
