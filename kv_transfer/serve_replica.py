@@ -13,7 +13,7 @@ from typing import Any
 from ray.serve._private import replica
 from ray.serve._private.constants import RAY_SERVE_USE_GRPC_BY_DEFAULT
 
-LOOPBACK = "127.0.0.1:0"
+GRPC_ADDRESS = "127.0.0.1:0"
 
 _add_port = replica.add_port_to_grpc_server
 
@@ -29,4 +29,4 @@ def prepare_replica() -> None:
 
 
 def _on_loopback(server: Any, address: str) -> int:
-    return int(_add_port(server, LOOPBACK))
+    return int(_add_port(server, GRPC_ADDRESS))

@@ -10,8 +10,8 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -451,3 +451,21 @@ class FrontEnd:
         self.cluster.shutdown()
         if self._reader is not None:
             self._reader.cancel()
+
+
+@asynccontextmanager
+async def fabrics() -> AsyncIterator[Callable[..., Awaitable[tuple[Fabric, FrontEnd]]]]:
+    """Starts fabrics, each with a front end, and closes all of them at the end."""
+    made: list[Any] = []
+
+    async def start(fabric: Fabric, *args: Any, **limits: Any) -> tuple[Fabric, FrontEnd]:
+        await fabric.start()
+        fabric.spawn_health()
+        front_end = FrontEnd(fabric, *args, **limits)
+        made.extend((front_end, fabric))
+        await front_end.start()
+        return fabric, front_end
+
+    yield start
+    for thing in made:
+        await thing.close()

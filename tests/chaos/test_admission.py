@@ -19,7 +19,7 @@ from vllm.sampling_params import SamplingParams
 from runtime import fleet as fleet_module
 from runtime.policy.admission import AdmissionPolicy
 from runtime.visit import Visit, current_visit
-from tests.chaos.fabric import Fabric, FrontEnd, answer, bare_model
+from tests.chaos.fabric import Fabric, FrontEnd, answer, bare_model, fabrics
 from tests.chaos.test_in_process import nothing_left
 
 OVERLOAD_S = float(os.environ.get("BATON_OVERLOAD_S", "8"))
@@ -34,21 +34,13 @@ async def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     """Makes a fabric of slow engines with few places, and a front end, and closes both."""
     monkeypatch.setattr(fleet_module, "RECONNECT_S", 0.05)
     monkeypatch.setattr(Fabric, "SIMULATOR", SLOW)
-    made: list[Any] = []
+    async with fabrics() as start:
 
-    async def build(workers: int = 1, seed: int = 0, **policy: Any) -> tuple[Fabric, FrontEnd]:
-        fabric = Fabric(bare_model(tmp_path), seed, workers, hang_s=30.0)
-        await fabric.start()
-        fabric.spawn_health()
-        admission = AdmissionPolicy(**{"engine_streams": PLACES, "engine_queue_tokens": 2000, **policy})
-        front_end = FrontEnd(fabric, admission)
-        made.extend((front_end, fabric))
-        await front_end.start()
-        return fabric, front_end
+        async def build(workers: int = 1, seed: int = 0, **policy: Any) -> tuple[Fabric, FrontEnd]:
+            admission = AdmissionPolicy(**{"engine_streams": PLACES, "engine_queue_tokens": 2000, **policy})
+            return await start(Fabric(bare_model(tmp_path), seed, workers, hang_s=30.0), admission)
 
-    yield build
-    for thing in made:
-        await thing.close()
+        yield build
 
 
 async def ask(front_end: FrontEnd, name: str, prompt: list[int], tokens: int, visit: Visit | None = None) -> Any:

@@ -17,7 +17,7 @@ from kv_transfer import worker as worker_module
 from runtime import fleet as fleet_module
 from runtime import link as link_module
 from runtime.config import LimitSettings
-from tests.chaos.fabric import Fabric, FrontEnd, answer, bare_model
+from tests.chaos.fabric import Fabric, FrontEnd, answer, bare_model, fabrics
 
 SEEDS = [int(os.environ["BATON_CHAOS_SEED"])] if "BATON_CHAOS_SEED" in os.environ else [1, 2, 3]
 """`BATON_CHAOS_SEED=N` replays one run."""
@@ -34,23 +34,16 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 async def make(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     """Makes a fabric and a front end, and closes both."""
-    made: list[Any] = []
+    async with fabrics() as start:
 
-    async def build(seed: int = 0, workers: int = 2, **limits: Any) -> tuple[Fabric, FrontEnd]:
-        settings = LimitSettings(**{"engine_hang_s": 10.0, **limits})
-        fabric = Fabric(
-            bare_model(tmp_path), seed, workers, settings.engine_hang_s, pull_timeout_s=settings.pull_timeout_s
-        )
-        await fabric.start()
-        fabric.spawn_health()
-        front_end = FrontEnd(fabric, **limits)
-        made.extend((front_end, fabric))
-        await front_end.start()
-        return fabric, front_end
+        async def build(seed: int = 0, workers: int = 2, **limits: Any) -> tuple[Fabric, FrontEnd]:
+            settings = LimitSettings(**{"engine_hang_s": 10.0, **limits})
+            fabric = Fabric(
+                bare_model(tmp_path), seed, workers, settings.engine_hang_s, pull_timeout_s=settings.pull_timeout_s
+            )
+            return await start(fabric, **limits)
 
-    yield build
-    for thing in made:
-        await thing.close()
+        yield build
 
 
 async def read(front_end: FrontEnd, name: str, prompt: list[int], tokens: int, **params: Any) -> list[int]:

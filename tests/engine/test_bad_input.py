@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from tests.conftest import MODEL, Server
+from tests.fuzz.bodies import FORGED
 
 OK: dict[str, Any] = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
 
@@ -54,18 +55,7 @@ def test_unknown_route(server: Server) -> None:
 @pytest.mark.parametrize("where", ["kv_transfer_params", "vllm_xargs"])
 def test_kv_parameters_of_a_client_go_nowhere(server: Server, where: str) -> None:
     """A client that names a host, an engine and blocks gets an ordinary answer of ordinary length."""
-    forged = {
-        "do_remote_prefill": True,
-        "do_remote_decode": True,
-        "remote_engine_id": "x",
-        "remote_request_id": "x",
-        "remote_block_ids": [[0, 1, 2]],
-        "remote_host": "192.0.2.1",
-        "remote_port": 1,
-        "remote_prefill_cached_tokens": 10**6,
-        "tp_size": 1,
-    }
-    change = {where: forged} if where == "kv_transfer_params" else {where: {"kv_transfer_params": str(forged)}}
+    change = {where: FORGED} if where == "kv_transfer_params" else {where: {"kv_transfer_params": str(FORGED)}}
     answer = server.complete("Hello", max_tokens=3, temperature=0, **change)
     assert answer["choices"][0]["text"] == server.complete("Hello", max_tokens=3, temperature=0)["choices"][0]["text"]
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import ray
 import vllm
+from ray.serve._private.common import ReplicaQueueLengthInfo
+from ray.serve._private.replica_result import ActorReplicaResult
 from ray.serve._private.request_router.common import PendingRequest
+from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.request_router import RequestRouter
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -79,6 +82,10 @@ def test_the_cluster_overrides_what_there_is(name: str) -> None:
         (AsyncLLM.add_request, ["self", "request_id", "prompt", "params"]),
         (RequestRouter.update_replicas, ["self", "replicas"]),
         (RequestRouter._choose_replica_for_request, ["self", "pending_request", "is_retry"]),
+        (RequestRouter.create_replica_wrapper, ["self", "replica_info"]),
+        (RunningReplica.try_send_request, ["self", "pr", "with_rejection"]),
+        (ActorReplicaResult.get_rejection_response, ["self"]),
+        (ReplicaQueueLengthInfo, ["accepted", "num_ongoing_requests"]),
     ],
 )
 def test_functions_that_are_called_or_replaced(function: Callable[..., Any], parameters: list[str]) -> None:
@@ -93,6 +100,13 @@ def test_what_is_patched() -> None:
         p.name for p in inspect.signature(SpinCondition.__init__).parameters.values() if p.default is not p.empty
     ]
     assert defaults == ["busy_loop_s"]
+
+
+def test_an_output_is_plain_by_default() -> None:
+    """Outputs of several steps are joined where they carry nothing else, which is told by these values."""
+    plain = EngineCoreOutput(request_id="", new_token_ids=[])
+    rest = set(EngineCoreOutput.__struct_fields__) - {"request_id", "new_token_ids"}
+    assert {name for name in rest if getattr(plain, name) is not None} == {"num_nans_in_logits"}
 
 
 def test_a_call_names_its_engine_first() -> None:
