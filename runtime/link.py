@@ -114,11 +114,15 @@ class Link:
         if self.lost is not None:
             return
         self.up.set()
-        for batch in batches:
-            if isinstance(batch, News):
-                self._on_news(self, batch)
-            else:
-                self._on_outputs(batch)
+        try:
+            for batch in batches:
+                if isinstance(batch, News):
+                    self._on_news(self, batch)
+                else:
+                    self._on_outputs(batch)
+        except Exception as error:  # tokens are lost: only a new link and the continuations make up for them
+            logger.exception("what worker %s sent could not be taken", self.facts.engine_id)
+            self._ended(error)
 
     def _ended(self, error: Exception | None) -> None:
         # Any failure of the stream means the same: this worker is dead to us.

@@ -17,9 +17,12 @@ FACTS = EngineFacts("e", "decode", "m", "auto", "auto", 16, 1, 8192, 100, "127.0
 class Stream:
     """An output stream that stays open."""
 
+    def __init__(self, batches: list[Any]) -> None:
+        self._batches = batches
+
     async def __aiter__(self) -> AsyncIterator[list[Any]]:
         """A hello, and then nothing."""
-        yield []
+        yield self._batches
         await asyncio.Event().wait()
 
     def cancel(self) -> None:
@@ -29,11 +32,11 @@ class Stream:
 class Handle:
     """A worker that takes commands until it gets stuck."""
 
-    def __init__(self) -> None:
+    def __init__(self, batches: list[Any] | None = None) -> None:
         self.taken: list[Any] = []
         self.stuck = asyncio.Event()
         self.sticks = False
-        self.outputs = SimpleNamespace(remote=lambda *args: Stream())
+        self.outputs = SimpleNamespace(remote=lambda *args: Stream(batches or []))
         self.exchange = SimpleNamespace(remote=self._exchange)
 
     def options(self, *, stream: bool) -> Handle:
@@ -72,3 +75,27 @@ async def test_dropped_commands_are_handed_back_once() -> None:
     reader.close()
     assert handle.taken == [["taken"]]
     assert dropped == ["under way", "waits", "late"]
+
+
+async def test_outputs_that_can_not_be_taken_lose_the_link() -> None:
+    """A fault of ours must not leave streams waiting for tokens that came and went."""
+    lost: list[str] = []
+    reader = StreamReader()
+
+    def fail(batch: Any) -> None:
+        raise KeyError("a fault")
+
+    link = Link(
+        Handle(batches=["outputs"]),  # type: ignore[arg-type]
+        FACTS,
+        "f",
+        "the token",
+        fail,
+        lambda link, news: None,
+        lambda link, why: lost.append(why),
+        reader,
+    )
+    await until(lambda: lost)
+    reader.close()
+    assert link.lost == "its output stream broke: KeyError"
+    assert lost == [link.lost]
