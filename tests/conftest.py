@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -78,6 +79,11 @@ class Server:
         """Processes of a deployment's replicas."""
         name = f"ray::ServeReplica:baton:{deployment}"
         return sorted(pid for pid, command in marked(self.mark).items() if command.startswith(name))
+
+    def ray_address(self) -> str:
+        """Of this server's own Ray cluster: others may run on the machine."""
+        commands = [command for command in marked(self.mark).values() if "/raylet --" in command]
+        return re.findall(r" --gcs-address=(\S+)", commands[0])[-1]
 
     def engine_cores(self, deployment: str) -> list[int]:
         """Processes of a deployment's real engine cores: children of its replicas."""

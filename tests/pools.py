@@ -9,24 +9,27 @@ from typing import Any
 
 from runtime.serving import LOOPBACK
 
-os.environ.setdefault(*LOOPBACK)  # before Ray is imported
+# Before Ray is imported. A cluster that a driver starts has a token; to find its address alone is not enough.
+os.environ.setdefault(*LOOPBACK)
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 from ray import serve
 
 from runtime.config import parse
 from runtime.engine_board import subscribe
-from tests.conftest import wait_for
+from tests.conftest import Server, wait_for
 
 ROLES = ("prefill", "decode")
 
 
 class Pools:
-    """The workers of both roles, on the Ray cluster of this machine."""
+    """The workers of both roles, on the Ray cluster of a server, or on the only one of this machine."""
 
-    def __init__(self, application: str = "baton") -> None:
+    def __init__(self, server: Server | None = None, application: str = "baton") -> None:
         self._token = parse({"name": application}).token()  # of the demo model, which all suites serve
-        ray.init(address="auto", log_to_driver=False, configure_logging=False, ignore_reinit_error=True)
+        address = server.ray_address() if server else "auto"
+        ray.init(address=address, log_to_driver=False, configure_logging=False, ignore_reinit_error=True)
         self._handles = {role: serve.get_deployment_handle(role, application) for role in ROLES}
         self._engines: dict[str, list[str]] = {}
         for role, handle in self._handles.items():

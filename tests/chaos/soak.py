@@ -126,7 +126,7 @@ def main() -> int:
     path = Path(tempfile.mkdtemp()) / "settings.yaml"
     path.write_text(yaml.safe_dump(SETTINGS))
     with baton_serve(path) as server:
-        pools = Pools()
+        pools = Pools(server)
         load = Load(server.url, SEED, CLIENTS, PAUSE_S)
         sampler, reaper = Sampler(server), Reaper(server, pools)
         began = time.monotonic()

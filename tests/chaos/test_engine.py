@@ -50,7 +50,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def pools(server: Server) -> Iterator[Pools]:
     """The workers behind the server."""
-    pools = Pools()
+    pools = Pools(server)
     yield pools
     pools.close()
 

@@ -49,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.mark.timeout(60 + 30 * KILLS)
 def test_nothing_is_lost(server: Server) -> None:
     """Every request ends once, with the undisturbed text, unless its own front end died; then nothing is held."""
-    pools, chance = Pools(), random.Random(SEED)
+    pools, chance = Pools(server), random.Random(SEED)
     mischief = Mischief(server, pools, SEED)
     load = Load(server.url, SEED, CLIENTS)
     load.start()

@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def pools(server: Server) -> Iterator[Pools]:
     """The workers behind the server."""
-    pools = Pools()
+    pools = Pools(server)
     yield pools
     left = pools.wait_until_free(FREE_S)
     pools.close()

@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def pools(server: Server) -> Iterator[Pools]:
     """The workers behind the server."""
-    pools = Pools()
+    pools = Pools(server)
     yield pools
     pools.close()
 
