@@ -25,7 +25,7 @@ from typing import Any
 import aiohttp
 import yaml
 
-from runtime.config import load
+from runtime.config_file import load
 
 ROOT = Path(__file__).parent.parent
 PROMPT = list(range(1000, 1100))

@@ -33,7 +33,8 @@ import aiohttp
 import yaml
 
 from benchmarks.overhead import ROOT, running
-from runtime.config import Config, load
+from runtime.config import Config
+from runtime.config_file import load
 
 POLICIES = ("latency", "throughput", "always-disaggregated", "never", "least-loaded", "round-robin")
 LEVELS = (0.3, 0.6, 0.9)

@@ -18,7 +18,8 @@ from kserve.model_server import parser as kserve_parser
 from kserve_adapter.model import BatonModel
 from kserve_adapter.revision import Revision, revision_name
 from kserve_adapter.server import OPENAI_PREFIX, Server
-from runtime.config import Config, load, parse
+from runtime.config import Config
+from runtime.config_file import load, parse
 from runtime.errors import ConfigError
 from runtime.scaling_follower import SCALER
 

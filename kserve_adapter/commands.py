@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from kserve_adapter.model_cache import ModelCache
-from runtime.config import load
+from runtime.config_file import load
 from runtime.demo_model import cache_dir
 from runtime.errors import ConfigError
 

@@ -15,7 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from decode.worker import DecodeWorker
 from kv_transfer.serve_replica import prepare_replica
 from prefill.worker import PrefillWorker
-from runtime.config import ROLES, Config, Role, load
+from runtime.config import ROLES, Config, Role
+from runtime.config_file import load
 from runtime.errors import ConfigError
 from runtime.pinned_router import ROUTER_CLASS
 from runtime.scaler import replicas_of, scaler

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from kserve_adapter.canary.command import add_canary
 from kserve_adapter.commands import add_fetch, add_manifest
 from runtime import explain_command
-from runtime.config import ROLES, Config, load
+from runtime.config import ROLES, Config
+from runtime.config_file import load
 from runtime.errors import BatonError
 
 

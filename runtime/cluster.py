@@ -11,22 +11,23 @@ import contextlib
 import contextvars
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 
-from decode.request import decode_leg, release_leg, without_engine_args
-from decode.resume import is_exact, resume, why_not_resumable
+from decode.request import decode_leg, release_leg
+from decode.resume import is_exact, why_not_resumable
 from kv_transfer.handoff import Handoff, InvalidHandoff
 from kv_transfer.ledger import Ledger
 from prefill.request import prefill_leg
 from runtime.account import Charge, charges
 from runtime.client_view import ClientView, StreamClock
-from runtime.config import LimitSettings
 from runtime.errors import BatonError, LegFailed, PullFailed, Refusal, Unrecoverable, WorkerDrained, WorkerLost
 from runtime.fleet import Fleet
+from runtime.limit_settings import LimitSettings
+from runtime.live_request import Leg, LiveRequest, resolve, trusted
 from runtime.metrics import RECOVERIES
 from runtime.placement import Placement
 from runtime.policy.admission import AdmissionPolicy
@@ -45,44 +46,6 @@ FAILED_PULLS = 2
 ABANDONED_KEEP_S = 600.0
 """How long an aborted prefill leg is remembered: it may have ended before the abort reached it, and then its handoff
 has to be released. Longer than any lease that makes sense, so that nothing is forgotten before it frees itself."""
-
-
-@dataclass(eq=False)
-class Leg:
-    """One half of a request on one worker. Ids are never used twice."""
-
-    id: str
-    engine_id: str
-    live: LiveRequest
-    charge: Charge
-    decodes: bool
-    done: asyncio.Future[EngineCoreOutput]
-    abandoned_at: float | None = None
-
-
-@dataclass(eq=False)
-class LiveRequest:
-    """A request from its arrival until its last token."""
-
-    request: EngineCoreRequest
-    pinned: Plan | None = None
-    visit: Visit = field(default_factory=Visit)
-    clock: StreamClock | None = None  # None for a warm-up, which no client sees
-    handoff: Handoff | None = None
-    made: list[int] = field(default_factory=list)  # tokens that went to the client
-    losses: int = 0
-    failed_pulls: int = 0
-    legs: int = 0
-    task: asyncio.Task[None] | None = field(default=None, repr=False)
-
-    @property
-    def id(self) -> str:
-        """vLLM's internal request id."""
-        return self.request.request_id
-
-    def remaining(self) -> EngineCoreRequest:
-        """What is left to do: the request itself, or its continuation after the tokens that were made."""
-        return resume(self.request, self.made) if self.made else self.request
 
 
 @dataclass
@@ -285,7 +248,7 @@ class Cluster(EngineCoreClient):
         live = leg.live
         if output.finish_reason is FinishReason.ERROR:
             fault = LegFailed if live.handoff is None else PullFailed
-            _resolve(leg, fault(f"leg {leg.id} failed on {leg.engine_id}"))
+            resolve(leg, fault(f"leg {leg.id} failed on {leg.engine_id}"))
             return
         if not leg.charge.begun:
             self.fleet.begun(leg.engine_id, leg.charge)
@@ -306,7 +269,7 @@ class Cluster(EngineCoreClient):
         output.request_id = live.id
         ours.append(output)
         if output.finished:
-            _resolve(leg, output)
+            resolve(leg, output)
 
     def _taken_over(self, live: LiveRequest) -> None:
         if live.handoff is not None:
@@ -315,7 +278,7 @@ class Cluster(EngineCoreClient):
 
     def _prefilled(self, leg: Leg, output: EngineCoreOutput) -> None:
         if leg.abandoned_at is None:
-            _resolve(leg, output)
+            resolve(leg, output)
             return
         self._legs.pop(leg.id, None)
         with contextlib.suppress(InvalidHandoff):  # the abort came first: nothing is pinned
@@ -351,7 +314,7 @@ class Cluster(EngineCoreClient):
         self.ledger.forget(engine_id)
         for leg in [leg for leg in self._legs.values() if leg.engine_id == engine_id]:
             if leg.abandoned_at is None:
-                _resolve(leg, WorkerDrained(engine_id, why) if drained else WorkerLost(engine_id, why))
+                resolve(leg, WorkerDrained(engine_id, why) if drained else WorkerLost(engine_id, why))
             else:
                 self._legs.pop(leg.id)
 
@@ -381,7 +344,7 @@ class Cluster(EngineCoreClient):
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Start a request's life."""
         pinned = self._pins.pop(request.external_req_id or "", None)
-        live = LiveRequest(_trusted(request), pinned, current_visit.get() or Visit())
+        live = LiveRequest(trusted(request), pinned, current_visit.get() or Visit())
         if pinned is None:
             live.clock = StreamClock.since(request.arrival_time)
         self._live[live.id] = live
@@ -448,22 +411,3 @@ class Cluster(EngineCoreClient):
                 live.task.cancel()
         self.placement.cache.close()
         self.fleet.close()
-
-
-def _trusted(request: EngineCoreRequest) -> EngineCoreRequest:
-    """`request` without what a client may not decide: KV parameters, the engine's rank, cache hints."""
-    if request.sampling_params is not None:
-        request.sampling_params = without_engine_args(request.sampling_params)
-    request.data_parallel_rank = None
-    request.client_index = request.current_wave = 0
-    request.kv_hints = None
-    return request
-
-
-def _resolve(leg: Leg, result: EngineCoreOutput | Exception) -> None:
-    if leg.done.done():
-        return
-    if isinstance(result, Exception):
-        leg.done.set_exception(result)
-    else:
-        leg.done.set_result(result)

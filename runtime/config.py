@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import hmac
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from kv_transfer.cores import BIND_ENV
 from kv_transfer.engine_process import SPIN_ENV
@@ -21,9 +18,9 @@ from kv_transfer.nixl import IncompatibleEngines, check_agree
 from kv_transfer.settings import EngineSettings, Settings, SimulatorSettings, TransportSettings
 from runtime.admission_settings import AdmissionSettings
 from runtime.errors import ConfigError
-from runtime.grace import GracePeriods
+from runtime.limit_settings import LimitSettings
 from runtime.policy.scaling_records import PoolBounds, ScalingSettings
-from runtime.policy.types import PRESETS, RoutingSettings
+from runtime.routing_settings import RoutingSection
 from runtime.scaling_settings import ObjectiveSection, ScalingSection
 
 Role = Literal["prefill", "decode"]
@@ -106,95 +103,6 @@ class FrontEndSettings(Settings):
         default_factory=list,
         description="Further command-line arguments of vLLM's OpenAI server, such as `--max-logprobs=50`.",
     )
-
-
-class RoutingSection(Settings):
-    """Where requests run."""
-
-    preset: Literal["latency", "throughput", "always-disaggregated", "never", "round-robin", "least-loaded"] = Field(
-        "latency",
-        description="`latency`: the least time to first token with short gaps between tokens. `throughput`: longer "
-        "gaps, so that busy pools help each other sooner. `always-disaggregated`: whatever can be. `never`: each "
-        "request whole on one worker. To compare with: `round-robin` and `least-loaded` (by requests), which "
-        "disaggregate all that can be.",
-    )
-    itl_limit_s: float | None = Field(
-        None, gt=0, description="Longest usual time between two tokens of a stream, in place of the preset's."
-    )
-    gap_limit_s: float | None = Field(
-        None,
-        gt=0,
-        description="Longest single gap between two tokens when a prompt is read beside the stream, in place of the "
-        "preset's.",
-    )
-    borrow: bool | None = Field(
-        None, description="Whether an idle worker of one pool does the other's work, in place of the preset's choice."
-    )
-    behind_s: float | None = Field(
-        None,
-        ge=0,
-        description="A prefill pool whose best worker has this much to read is behind, in place of the preset's.",
-    )
-
-    cache_aware: bool = Field(
-        True, description="Whether workers publish which KV blocks they hold, and requests follow their blocks."
-    )
-    index_blocks: int = Field(
-        2_000_000,
-        ge=1000,
-        description="Most pairs of block and worker that a front end remembers: 150 to 200 bytes each.",
-    )
-
-    def policy(self) -> RoutingSettings:
-        """The preset with what is set over it."""
-        names = ("itl_limit_s", "gap_limit_s", "borrow", "behind_s")
-        own = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return replace(PRESETS[self.preset], **own)
-
-
-class LimitSettings(Settings):
-    """Bounds and budgets."""
-
-    retry_budget: int = Field(
-        3,
-        ge=0,
-        le=100,
-        description="How often a request goes on elsewhere after a loss (a dead worker, a failed pull).",
-    )
-    resume: Literal["all", "exact"] = Field(
-        "all",
-        description="Which streams go on elsewhere when their decode worker dies: `all` that can, or only those that "
-        "go on `exact`ly (not with a seed or a presence penalty). The others end with an error.",
-    )
-    wait_for_worker_s: float = Field(
-        120.0, ge=0, description="How long a request waits for a worker while there is none, in seconds."
-    )
-    pull_timeout_s: float = Field(
-        60.0,
-        gt=0,
-        description="A pull of KV blocks that takes longer is given up, and its request planned anew, in seconds.",
-    )
-    drain_s: float = Field(
-        120.0,
-        ge=0,
-        description="How long a worker that is to go (scale-down, update, shutdown) may take to finish what it has, in "
-        "seconds; streams that take longer move to another worker. Ray Serve's, KServe's and Kubernetes' grace periods "
-        "follow from it (`baton check` prints them).",
-    )
-    engine_hang_s: float = Field(
-        300.0,
-        gt=0,
-        description="An engine that has work and makes no step for this long is taken for dead, in seconds. Longer "
-        "than the longest step.",
-    )
-    start_timeout_s: float = Field(
-        1800.0, gt=0, description="How long a start may take before it is given up, in seconds."
-    )
-
-    @property
-    def grace(self) -> GracePeriods:
-        """Everybody's patience with what is to go."""
-        return GracePeriods.of(self.drain_s, self.wait_for_worker_s)
 
 
 class Config(Settings):
@@ -389,54 +297,3 @@ def model_dir(model: str) -> str:
     from runtime.demo_model import demo_model_dir
 
     return str(demo_model_dir(build=False))
-
-
-def load(path: str | Path) -> Config:
-    """Read and check a settings file.
-
-    Raises:
-        ConfigError: naming every key that is wrong, and for an unknown one the nearest that exists.
-    """
-    try:
-        data = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold settings as `key: value`, not a {type(data).__name__}")
-    return parse(data, str(path))
-
-
-def parse(data: dict[str, Any], source: str = "settings") -> Config:
-    """Check settings that were read already. Raises as `load`."""
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        problems = [explain(item) for item in error.errors()]
-        raise ConfigError(f"{source}:\n" + "\n".join(f"  - {problem}" for problem in problems)) from error
-
-
-def explain(item: Any, root: type[Settings] | None = None, prefix: str = "") -> str:
-    """One of pydantic's complaints about `root` (all settings by default): where, what, and the nearest key."""
-    path = [str(part) for part in item["loc"]]
-    where = ".".join([prefix, *path]) if prefix else ".".join(path)
-    if item["type"] != "extra_forbidden":
-        message = item["msg"].removeprefix("Value error, ")
-        return f"{where}: {message} (got {item['input']!r})" if where else message
-    names = _keys_at(path[:-1], root or Config)
-    near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(sorted(names))}"
-    return f"{where}: unknown key; {hint}"
-
-
-def _keys_at(path: list[str], model: type[Settings]) -> list[str]:
-    for part in path:
-        if part not in model.model_fields:
-            continue  # a name in a mapping of settings
-        annotation = model.model_fields[part].annotation
-        annotation = next(iter(get_args(annotation)[1:]), annotation)  # the values of such a mapping
-        if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
-            return []
-        model = annotation
-    return list(model.model_fields)

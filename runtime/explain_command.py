@@ -11,7 +11,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from runtime.config import load
+from runtime.config_file import load
 from runtime.errors import ConfigError
 
 TIMEOUT_S = 10.0

@@ -16,7 +16,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 import ray
 from ray import serve
 
-from runtime.config import parse
+from runtime.config_file import parse
 from runtime.engine_board import subscribe
 from tests.conftest import Server, wait_for
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kserve_adapter.manifest.render import render, to_yaml
-from runtime.config import Config, parse
+from runtime.config import Config
+from runtime.config_file import parse
 
 WEIGHTS = "s3://example-bucket/example-llm/v1"
 GPU_NODES: dict[str, Any] = {"tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]}

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from kv_transfer.settings import Settings
-from runtime.config import Config, explain
+from runtime.config import Config
+from runtime.config_file import explain
 from runtime.errors import ConfigError
 
 PRE_STOP_S = 15

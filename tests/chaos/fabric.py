@@ -27,8 +27,8 @@ from kv_transfer.worker import EngineWorker
 from runtime import engine_board
 from runtime.cache_view import CacheView
 from runtime.cluster import Cluster
-from runtime.config import LimitSettings
 from runtime.fleet import Fleet
+from runtime.limit_settings import LimitSettings
 from runtime.placement import Placement
 from runtime.policy.admission import AdmissionPolicy
 from runtime.policy.types import PRESETS

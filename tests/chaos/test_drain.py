@@ -19,7 +19,7 @@ import yaml
 from ray import serve
 
 from runtime.app import application
-from runtime.config import parse
+from runtime.config_file import parse
 from tests.conftest import MODEL, ROOT, Server, baton_serve, free_port, wait_for
 from tests.pools import ROLES, Pools
 

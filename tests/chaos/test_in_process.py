@@ -16,7 +16,7 @@ from vllm.sampling_params import SamplingParams
 from kv_transfer import worker as worker_module
 from runtime import fleet as fleet_module
 from runtime import link as link_module
-from runtime.config import LimitSettings
+from runtime.limit_settings import LimitSettings
 from tests.chaos.fabric import Fabric, FrontEnd, answer, bare_model, fabrics
 
 SEEDS = [int(os.environ["BATON_CHAOS_SEED"])] if "BATON_CHAOS_SEED" in os.environ else [1, 2, 3]

@@ -13,7 +13,8 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
-from runtime.config import Config, model_dir, parse
+from runtime.config import Config, model_dir
+from runtime.config_file import parse
 from runtime.errors import ConfigError
 from runtime.frontend import FrontEnd, start_front_end
 from tests.chaos.fabric import ROLES, Fabric, Handle

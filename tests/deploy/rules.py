@@ -12,7 +12,7 @@ from kserve_adapter.manifest.guards import CARRIED
 from kserve_adapter.manifest.pools import DESIRED, QUEUE
 from kserve_adapter.manifest.serving import RUNNING
 from kserve_adapter.manifest.settings import MARGIN_S, PRE_STOP_S
-from runtime.config import parse
+from runtime.config_file import parse
 from runtime.errors import ConfigError
 
 Objects = list[dict[str, Any]]

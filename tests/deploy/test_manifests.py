@@ -16,7 +16,7 @@ from kserve_adapter.manifest.presets import PRESETS, config, files
 from kserve_adapter.manifest.reference import reference
 from kserve_adapter.manifest.render import render, to_yaml
 from runtime.cli import main
-from runtime.config import parse
+from runtime.config_file import parse
 from runtime.errors import ConfigError
 from tests.conftest import ROOT
 from tests.deploy.rules import Objects, broken, of, predictors

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from runtime.config import Config, load
+from runtime.config import Config
+from runtime.config_file import load
 from runtime.frontend import FrontEnd
 from tests.chaos.fabric import ROLES, Fabric, Handle
 from tests.conftest import MODEL, ROOT

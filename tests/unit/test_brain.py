@@ -17,7 +17,7 @@ from runtime import scaling_board
 from runtime.brain import Brain
 from runtime.cli import main
 from runtime.client_view import BOUNDS_S, ClientView, Totals
-from runtime.config import parse
+from runtime.config_file import parse
 from runtime.errors import ConfigError
 from runtime.policy.scaling_records import PoolBounds, ScalingSettings
 from runtime.policy.types import Cost

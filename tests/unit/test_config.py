@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from runtime.cli import main
-from runtime.config import Config, load, parse
+from runtime.config import Config
+from runtime.config_file import load, parse
 from runtime.config_reference import reference
 from runtime.errors import ConfigError
 from tests.conftest import ROOT

@@ -36,7 +36,7 @@ REQUEST_FIELDS = {
     *("request_id", "external_req_id", "prompt_token_ids", "prompt_is_token_ids", "prompt_embeds", "mm_features"),
     *("sampling_params", "pooling_params", "arrival_time", "lora_request", "cache_salt", "priority", "trace_headers"),
     *("reasoning_ended", "reasoning_parser_kwargs", "session_id"),
-    # Overwritten at the edge (`cluster._trusted`), so that no client chooses a rank or hints at blocks:
+    # Overwritten at the edge (`live_request.trusted`), so that no client chooses a rank or hints at blocks:
     *("data_parallel_rank", "kv_hints"),
     # Set by Baton's own legs:
     "abort_immediately",

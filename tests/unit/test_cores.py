@@ -11,7 +11,7 @@ import pytest
 from kv_transfer.cores import BIND_ENV, allowed_cores, claim_cores
 from kv_transfer.settings import EngineSettings
 from kv_transfer.vllm_engine import _binding
-from runtime.config import parse
+from runtime.config_file import parse
 
 CLAIM = """
 import sys

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from runtime.app import application
-from runtime.config import ROLES, Config, parse
+from runtime.config import ROLES, Config
+from runtime.config_file import parse
 
 
 @pytest.mark.parametrize(("drain_s", "replace_s"), [(0, 0), (8, 30), (120, 120), (3600, 10)])

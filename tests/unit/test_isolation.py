@@ -12,9 +12,9 @@ from vllm.sampling_params import SamplingParams
 from decode.worker import DecodeWorker
 from kv_transfer.settings import EngineSettings, TransportSettings
 from kv_transfer.worker import WrongApplication, WrongIncarnation
-from runtime.cluster import _trusted
-from runtime.config import parse
+from runtime.config_file import parse
 from runtime.errors import ConfigError
+from runtime.live_request import trusted
 from tests.unit.test_resume import engine_request
 
 TOKEN = "the application's"
@@ -85,7 +85,7 @@ def test_what_makes_an_application(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_client_can_not_choose_where_its_request_runs() -> None:
     """Whatever the API lets through to the engine's request, rank, hints and KV parameters are Baton's."""
     params = SamplingParams(extra_args={"kv_transfer_params": {"remote_host": "10.0.0.1"}, "x": 1})
-    request = _trusted(engine_request(params, data_parallel_rank=3, client_index=5, current_wave=9))
+    request = trusted(engine_request(params, data_parallel_rank=3, client_index=5, current_wave=9))
     assert request.sampling_params is not None
     assert request.sampling_params.extra_args == {"x": 1}
     assert (request.data_parallel_rank, request.kv_hints, request.client_index, request.current_wave) == (

@@ -8,7 +8,8 @@ import pytest
 
 from kserve_adapter.keeper import SILENCE_S, Membership
 from kserve_adapter.revision import revision_name
-from runtime.config import Config, parse
+from runtime.config import Config
+from runtime.config_file import parse
 
 
 def test_an_application_outlives_its_last_predictor_by_the_delay() -> None:

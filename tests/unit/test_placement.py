@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from runtime.app import build, placement
-from runtime.config import parse
+from runtime.config_file import parse
 from runtime.errors import ConfigError
 
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

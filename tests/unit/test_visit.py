@@ -94,7 +94,7 @@ def test_a_wrong_header_is_told(headers: dict[str, str]) -> None:
 
 def test_settings_are_checked() -> None:
     """A key of two tenants, a digest that is none, a misspelt key in a tenant."""
-    from runtime.config import parse
+    from runtime.config_file import parse
 
     key = KEY.hex()
     for tenants, words in (

@@ -13,7 +13,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from kv_transfer.vllm_engine import build_vllm_config
 from kv_transfer.worker_endpoint import WorkerMetrics, is_engine_family
-from runtime.config import parse
+from runtime.config_file import parse
 from runtime.metric_reference import VLLM
 
 
