@@ -22,16 +22,12 @@ from kv_transfer.handoff import KV_PARAMS
 from kv_transfer.settings import EngineSettings
 from kv_transfer.sim_cache import BlockCache, BlockKey, BlocksRemoved, KvEvent, block_keys
 from kv_transfer.sim_events import EventPublisher, runs
+from kv_transfer.sim_text import fold, likeliest, logprobs, next_token, prompt_logprobs
 from kv_transfer.sim_transfer import RELEASE_TIMEOUT_S, TransferServer, settle_remote
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
     from vllm.v1.metrics.stats import SchedulerStats
-
-FIRST_TOKEN = 1000
-"""Below this are a tokenizer's control tokens."""
-
-_MASK = (1 << 61) - 1
 
 
 @dataclass(eq=False)
@@ -130,7 +126,7 @@ class SimulatedEngine:
             return
         prompt = request.prompt_token_ids or []
         salt = (request.cache_salt, request.lora_request.lora_name if request.lora_request else None)
-        entry = _Request(request, params, block_keys(prompt, self._sim.block_tokens, salt), _fold(0, prompt))
+        entry = _Request(request, params, block_keys(prompt, self._sim.block_tokens, salt), fold(0, prompt))
         self._waiting.append(entry)
         self._work.set()
 
@@ -286,8 +282,8 @@ class SimulatedEngine:
         from vllm.v1.engine import EngineCoreOutput, FinishReason
         from vllm.v1.metrics.stats import PrefillStats
 
-        token = FIRST_TOKEN + (entry.seed >> 13) % (self._vocab - FIRST_TOKEN)
-        entry.seed = _fold(entry.seed, [token])
+        token = next_token(entry.seed, self._vocab)
+        entry.seed = fold(entry.seed, [token])
         entry.made += 1
         output = EngineCoreOutput(request_id=entry.request.request_id, new_token_ids=[token])
         if entry.made == 1:
@@ -301,18 +297,14 @@ class SimulatedEngine:
         elif entry.made >= limit or len(entry.prompt) + entry.made >= self._window:
             output.finish_reason = FinishReason.LENGTH
         if sampling and sampling.logprobs is not None:
-            wanted = sampling.logprob_token_ids or self._likeliest(token, sampling.logprobs)
-            output.new_logprobs = _logprobs(token, wanted)
+            wanted = sampling.logprob_token_ids or likeliest(token, self._vocab, sampling.logprobs)
+            output.new_logprobs = logprobs(token, wanted)
         if entry.made == 1 and sampling and sampling.prompt_logprobs is not None and len(entry.prompt) > 1:
-            others = [self._likeliest(told, sampling.prompt_logprobs) for told in entry.prompt[1:]]
-            output.new_prompt_logprobs_tensors = _prompt_logprobs(entry.prompt[1:], others)
+            others = [likeliest(told, self._vocab, sampling.prompt_logprobs) for told in entry.prompt[1:]]
+            output.new_prompt_logprobs_tensors = prompt_logprobs(entry.prompt[1:], others)
         if output.finish_reason is not None:
             self._finish(entry, output)
         return output
-
-    def _likeliest(self, token: int, count: int) -> list[int]:
-        """The `count` likeliest tokens: the one that was sampled and its neighbours."""
-        return [FIRST_TOKEN + (token + i - FIRST_TOKEN) % (self._vocab - FIRST_TOKEN) for i in range(count)]
 
     def _finish(self, entry: _Request, output: EngineCoreOutput) -> None:
         if entry.params.get("do_remote_decode"):
@@ -433,33 +425,3 @@ class SimulatedEngine:
 
 def _tokens(readers: list[tuple[_Request, int]]) -> int:
     return sum(tokens for _, tokens in readers)
-
-
-def _fold(seed: int, tokens: list[int]) -> int:
-    """A rolling hash over token ids (polynomial, 61 bits)."""
-    for token in tokens:
-        seed = (seed * 1_000_003 + token + 1) & _MASK
-    return seed
-
-
-def _logprobs(token: int, others: list[int]) -> Any:
-    """Made-up logprobs: of the token, then of `others`, halving each time."""
-    import numpy as np
-    from vllm.v1.outputs import LogprobsLists
-
-    ids = np.array([[token, *others]], dtype=np.int32)
-    values = np.array([[-0.7, *(-0.7 * (i + 1) for i in range(len(others)))]], dtype=np.float32)
-    return LogprobsLists(ids, values, np.array([1], dtype=np.int32))
-
-
-def _prompt_logprobs(prompt: list[int], others: list[list[int]]) -> Any:
-    """Made-up logprobs of the prompt after its first token, as `_logprobs`."""
-    import torch
-    from vllm.v1.outputs import LogprobsTensors
-
-    rows = [_logprobs(token, likeliest) for token, likeliest in zip(prompt, others, strict=True)]
-    return LogprobsTensors(
-        torch.tensor([row.logprob_token_ids[0].tolist() for row in rows], dtype=torch.int32),
-        torch.tensor([row.logprobs[0].tolist() for row in rows]),
-        torch.ones(len(rows), dtype=torch.int32),
-    )

@@ -14,12 +14,13 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
 
 from kv_transfer.engine import Engine, EngineDied, start_engine
+from kv_transfer.front_end import FrontEnd, NoStream, WrongApplication, WrongIncarnation
 from kv_transfer.gpu_memory import GpuMemory
 from kv_transfer.handoff import KV_PARAMS
 from kv_transfer.load import PERIOD_S, Meter, News
@@ -50,53 +51,13 @@ MESSAGE_S = 0.002
 faster goes in one message, which costs both sides about a millisecond whatever it carries."""
 
 
-class WrongIncarnation(Exception):
-    """The caller meant another engine, most likely one that stood here before."""
-
-    def __init__(self, wanted: str, here: str) -> None:
-        super().__init__(wanted, here)
-        self.wanted, self.here = wanted, here
-
-    def __str__(self) -> str:
-        return f"engine {self.wanted} is not here, {self.here} is"
-
-
-class WrongApplication(Exception):
-    """The caller does not belong to this worker's application."""
-
-    def __str__(self) -> str:
-        return "the call comes from another application, model or revision"
-
-
-class NoStream(Exception):
-    """A front end sent work without a stream to take the outputs."""
-
-    def __init__(self, front_end: str) -> None:
-        super().__init__(front_end)
-
-    def __str__(self) -> str:
-        return f"front end {self.args[0]} has no output stream here"
-
-
-@dataclass
-class _FrontEnd:
-    """What a worker keeps for one front end: its stream's queue, its legs, and the blocks that wait to be pulled."""
-
-    queue: asyncio.Queue[EngineCoreOutputs | News | None] = field(default_factory=asyncio.Queue)
-    legs: set[str] = field(default_factory=set)
-    handoffs: dict[str, dict[str, Any]] = field(default_factory=dict)  # KV transfer parameters by leg id
-    heard: float = field(default_factory=time.monotonic)
-    came: int = 0  # legs that this front end has sent
-    told: News | None = None
-
-
 class EngineWorker:
     """Owns one engine core, from start to death: when the core dies the worker reports unhealthy and is replaced."""
 
     def __init__(self) -> None:
         prepare_replica()
         self._engine: Engine | None = None
-        self._front_ends: dict[str, _FrontEnd] = {}
+        self._front_ends: dict[str, FrontEnd] = {}
         self._owner: dict[str, str] = {}  # leg id -> front end
         self._token = ""
         self._meter: Meter
@@ -195,11 +156,11 @@ class EngineWorker:
         end leaves, its legs are aborted.
         """
         self._check(engine_id, token)
-        peer = self._front_ends[front_end] = _FrontEnd()
+        peer = self._front_ends[front_end] = FrontEnd()
         try:
             peer.told = News(self._meter.load(), 0)
             yield [peer.told]
-            while batch := await _drain(peer.queue):
+            while batch := await peer.batch():
                 yield batch
                 await asyncio.sleep(MESSAGE_S)
         finally:
@@ -384,15 +345,3 @@ def _pulls(leg: EngineCoreRequest) -> bool:
     """Whether a leg has a handoff to pull."""
     extra = (leg.sampling_params.extra_args if leg.sampling_params else None) or {}
     return bool((extra.get(KV_PARAMS) or {}).get("do_remote_prefill"))
-
-
-async def _drain(queue: asyncio.Queue[EngineCoreOutputs | News | None]) -> list[EngineCoreOutputs | News]:
-    """All that is in the queue, at least one; nothing when the stream is to end."""
-    batch: list[EngineCoreOutputs | News] = []
-    while not batch or not queue.empty():
-        item = await queue.get()
-        if item is None:
-            queue.put_nowait(None)  # after this batch, or at once: the next call finds it and ends
-            return batch
-        batch.append(item)
-    return batch

@@ -22,7 +22,8 @@ from vllm.v1.engine import EngineCoreRequest
 from decode.request import release_leg
 from kv_transfer.handoff import Handoff
 from kv_transfer.settings import EngineSettings, SimulatorSettings, TransportSettings
-from kv_transfer.simulator import FIRST_TOKEN, SimulatedEngine, _fold
+from kv_transfer.sim_text import fold, next_token
+from kv_transfer.simulator import SimulatedEngine
 from kv_transfer.worker import EngineWorker
 from runtime import engine_board
 from runtime.cache_view import CacheView
@@ -41,10 +42,10 @@ LEASE_S = 600
 
 def answer(prompt: list[int], tokens: int) -> list[int]:
     """What an undisturbed simulated engine says."""
-    seed, made = _fold(0, prompt), []
+    seed, made = fold(0, prompt), []
     for _ in range(tokens):
-        made.append(FIRST_TOKEN + (seed >> 13) % (VOCABULARY - FIRST_TOKEN))
-        seed = _fold(seed, made[-1:])
+        made.append(next_token(seed, VOCABULARY))
+        seed = fold(seed, made[-1:])
     return made
 
 

@@ -10,8 +10,8 @@ import pytest
 from vllm.sampling_params import SamplingParams
 
 from decode.worker import DecodeWorker
+from kv_transfer.front_end import WrongApplication, WrongIncarnation
 from kv_transfer.settings import EngineSettings, TransportSettings
-from kv_transfer.worker import WrongApplication, WrongIncarnation
 from runtime.config_file import parse
 from runtime.errors import ConfigError
 from runtime.live_request import trusted

@@ -1,0 +1,64 @@
+"""What a worker keeps for each front end, and why it turns a caller away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kv_transfer.load import News
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutputs
+
+
+class WrongIncarnation(Exception):
+    """The caller meant another engine, most likely one that stood here before."""
+
+    def __init__(self, wanted: str, here: str) -> None:
+        super().__init__(wanted, here)
+        self.wanted, self.here = wanted, here
+
+    def __str__(self) -> str:
+        return f"engine {self.wanted} is not here, {self.here} is"
+
+
+class WrongApplication(Exception):
+    """The caller does not belong to this worker's application."""
+
+    def __str__(self) -> str:
+        return "the call comes from another application, model or revision"
+
+
+class NoStream(Exception):
+    """A front end sent work without a stream to take the outputs."""
+
+    def __init__(self, front_end: str) -> None:
+        super().__init__(front_end)
+
+    def __str__(self) -> str:
+        return f"front end {self.args[0]} has no output stream here"
+
+
+@dataclass
+class FrontEnd:
+    """What a worker keeps for one front end: its stream's queue, its legs, and the blocks that wait to be pulled."""
+
+    queue: asyncio.Queue[EngineCoreOutputs | News | None] = field(default_factory=asyncio.Queue)
+    legs: set[str] = field(default_factory=set)
+    handoffs: dict[str, dict[str, Any]] = field(default_factory=dict)  # KV transfer parameters by leg id
+    heard: float = field(default_factory=time.monotonic)
+    came: int = 0  # legs that this front end has sent
+    told: News | None = None
+
+    async def batch(self) -> list[EngineCoreOutputs | News]:
+        """All that is in the queue, at least one; nothing when the stream is to end."""
+        batch: list[EngineCoreOutputs | News] = []
+        while not batch or not self.queue.empty():
+            item = await self.queue.get()
+            if item is None:
+                self.queue.put_nowait(None)  # after this batch, or at once: the next call finds it and ends
+                return batch
+            batch.append(item)
+        return batch
