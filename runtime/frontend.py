@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -101,6 +102,7 @@ class FrontEnd:
     Attributes:
         app: vLLM's FastAPI app, for mounting elsewhere.
         asgi: the same behind its edge (API keys, body limit): what a server serves.
+        collectors: what it has in this process' registry of metrics.
     """
 
     app: FastAPI
@@ -108,9 +110,13 @@ class FrontEnd:
     llm: FrontEndLLM
     warmer: Warmer
     reporter: Reporter
+    collectors: tuple[Any, ...]
 
     def shutdown(self) -> None:
         """Stop; the workers abort what was ours."""
+        for collector in self.collectors:
+            with suppress(KeyError):  # it was stopped before
+                REGISTRY.unregister(collector)
         self.reporter.stop()
         self.warmer.stop()
         self.llm.shutdown()
@@ -158,8 +164,9 @@ async def start_front_end(
     alone = serve_alone() if config.front_end.replicas > 1 else ("", 0)
     reporter = Reporter(front_end, cluster, scaler, alone)
     llm.sleeps = functools.partial(reporter.sleeps, config.limits.wait_for_worker_s)  # type: ignore[method-assign]
-    REGISTRY.register(cluster.seen)
-    REGISTRY.register(PoolMetrics(cluster, reporter))  # type: ignore[arg-type]  # a collector by its method
+    collectors: tuple[Any, ...] = (cluster.seen, PoolMetrics(cluster, reporter))
+    for collector in collectors:
+        REGISTRY.register(collector)
     reporter.start()
     app = await _build_app(config, llm)
     _add_own_routes(app, cluster, reporter)
@@ -170,7 +177,7 @@ async def start_front_end(
         reception=Reception(config.admission),
         max_requests=config.front_end.max_requests,
     )
-    return FrontEnd(app, edge, llm, warmer, reporter)
+    return FrontEnd(app, edge, llm, warmer, reporter, collectors)
 
 
 async def _build_app(config: Config, llm: FrontEndLLM) -> FastAPI:
