@@ -33,6 +33,9 @@ SAMPLE_EVERY_S = 5.0
 WARM_UP = 0.15
 """Share of the run that is left out of the slopes: caches and pools fill."""
 
+LOG_MONITOR = "log_monitor.py"
+"""Ray's own: it keeps the logs of dead workers open, 200 at most (`RAY_LOG_MONITOR_MAX_OPEN_FILES`)."""
+
 SETTINGS: dict[str, Any] = {
     **yaml.safe_load((ROOT / "deploy/config/sim.yaml").read_text()),
     "prefill": {"replicas": 2},
@@ -162,7 +165,7 @@ def report(lives: dict[int, Life], lasted_s: float) -> list[str]:
             f"| {life.name} | {' | '.join(memory)} | {kept.slope_mb_per_h():+.1f} "
             f"| {kept.descriptors[0]} | {kept.descriptors[-1]} |"
         )
-        if kept.descriptors[-1] > kept.descriptors[0] + 20:
+        if kept.descriptors[-1] > kept.descriptors[0] + 20 and life.name != LOG_MONITOR:
             grown.append(life.name)
     return grown
 
@@ -171,7 +174,10 @@ def _name(command: str) -> str:
     name = command.split()[0] if command else "?"
     if name.startswith("ray::ServeReplica"):
         return name.rsplit(":", 1)[1]
-    return "baton serve" if "baton serve" in command.replace("/", " ") else name.rsplit("/", 1)[-1]
+    if "baton serve" in command.replace("/", " "):
+        return "baton serve"
+    script = next((word for word in command.split() if word.endswith(".py")), name)
+    return (script if name.rsplit("/", 1)[-1].startswith("python") else name).rsplit("/", 1)[-1]
 
 
 if __name__ == "__main__":
