@@ -6,8 +6,6 @@ events to the client are for each output and not for each token, so joined outpu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
 _JOINED = {"request_id", "new_token_ids", "finish_reason", "stop_reason"}
@@ -22,18 +20,22 @@ def as_one_step(steps: list[EngineCoreOutputs]) -> EngineCoreOutputs:
     if len(steps) == 1:
         return steps[0]
     outputs: list[EngineCoreOutput] = []
-    last: dict[str, EngineCoreOutput] = {}
+    last: dict[str, EngineCoreOutput] = {}  # what more tokens of a request may be joined to
     for output in (output for step in steps for output in step.outputs):
-        before = last.get(output.request_id)
-        if before is None or before.finished or not (_plain(before, {"prefill_stats"}) and _plain(output)):
+        extras = _extras(output)
+        before = last.pop(output.request_id, None)
+        if before is None or extras:
             outputs.append(output)
-            last[output.request_id] = output
-            continue
-        before.new_token_ids += output.new_token_ids
-        before.finish_reason, before.stop_reason = output.finish_reason, output.stop_reason
+            joined, open_end = output, extras in ([], ["prefill_stats"])
+        else:
+            before.new_token_ids += output.new_token_ids
+            before.finish_reason, before.stop_reason = output.finish_reason, output.stop_reason
+            joined, open_end = before, True
+        if open_end and not output.finished:
+            last[output.request_id] = joined
     return EngineCoreOutputs(outputs=outputs)
 
 
-def _plain(output: EngineCoreOutput, but: Iterable[str] = ()) -> bool:
-    """Whether an output has nothing but tokens, a reason to end, and what is named."""
-    return all(getattr(output, name) is getattr(_PLAIN, name) for name in _REST if name not in but)
+def _extras(output: EngineCoreOutput) -> list[str]:
+    """What an output carries beside tokens and a reason to end."""
+    return [name for name in _REST if getattr(output, name) is not getattr(_PLAIN, name)]

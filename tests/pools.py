@@ -56,6 +56,10 @@ class Pools:
         """The counts of all engines of a role together."""
         return sum(self.states(role).values(), Counter())
 
+    def leases_expired(self) -> int:
+        """Handoffs of the living engines that nobody settled."""
+        return sum(self.state(role)["leases_expired"] for role in ROLES)
+
     def free(self, role: str) -> bool:
         """Whether no engine of a role holds any KV block: vLLM refuses to reset its prefix cache then."""
         return all(self.call(role, engine_id, "reset_prefix_cache") for engine_id in self.engines(role))

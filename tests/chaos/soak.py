@@ -140,7 +140,7 @@ def main() -> int:
         load.stop()
         quiet = wait_for(pools.quiet, 5)
         sampler.stop()
-        expired = sum(pools.state(role)["leases_expired"] for role in ROLES)
+        expired = pools.leases_expired()
         pools.close()
     failures = load.unexcused(reaper.mischief.front_end_deaths)
     print(f"seed {SEED}: {MINUTES:g} min, kills {dict(reaper.mischief.done)}, requests {dict(load.counts())}")

@@ -106,11 +106,6 @@ def whole(server: Server, pools: Pools, died: str) -> bool:
     return server.client.get("/health").status_code == 200
 
 
-def leases_expired(pools: Pools) -> int:
-    """Handoffs of the living engines that nobody settled."""
-    return sum(pools.state(role)["leases_expired"] for role in ROLES)
-
-
 VICTIMS: dict[str, Callable[[Server, int], tuple[str, int]]] = {
     "prefill_core": lambda server, turn: ("prefill", server.engine_cores("prefill")[0]),
     "decode_core": lambda server, turn: ("decode", server.engine_cores("decode")[0]),
@@ -122,7 +117,7 @@ VICTIMS: dict[str, Callable[[Server, int], tuple[str, int]]] = {
 @pytest.mark.parametrize("kind", list(VICTIMS))
 def test_kills(server: Server, pools: Pools, expected: dict[str, str], kind: str) -> None:
     """Each kill costs no stream anything but time; survivors hold nothing after it; the killed one is replaced."""
-    chance, expired = random.Random(f"{kind} {SEED}"), leases_expired(pools)
+    chance, expired = random.Random(f"{kind} {SEED}"), pools.leases_expired()
     for turn in range(KILLS):
         # A prefill worker is at work before the first token of some stream, a decode worker between tokens.
         at = chance.choice((0, 0, 1)) if kind == "prefill_core" else chance.randint(1, TOKENS - 20)
@@ -137,8 +132,8 @@ def test_kills(server: Server, pools: Pools, expected: dict[str, str], kind: str
         # Only now: the survivor has been warming the new worker, with blocks of its own.
         assert not pools.wait_until_free(5)
         # A release needs a decode engine: what the only one was pulling when it died waits for its lease.
-        assert role == "decode" or leases_expired(pools) <= expired
-        expired = leases_expired(pools)
+        assert role == "decode" or pools.leases_expired() <= expired
+        expired = pools.leases_expired()
         print(
             f"seed {SEED} {kind} {turn + 1}: {role} at event {at}, streams over after {ended:.1f} s, "
             f"replaced after {time.monotonic() - killed:.1f} s"
