@@ -1,8 +1,7 @@
-"""Shape the legs that decode engines run: with a handoff, whole, or only to release a handoff."""
+"""Shape the legs that decode engines run: with a handoff, or whole."""
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,28 +24,6 @@ def decode_leg(request: EngineCoreRequest, leg_id: str, handoff: Handoff | None)
     if handoff is not None and params is not None:
         params = _with_extra_arg(params, KV_PARAMS, dict(handoff.params))
     return msgspec.structs.replace(request, request_id=leg_id, sampling_params=params)
-
-
-def release_leg(handoff: Handoff, leg_id: str) -> EngineCoreRequest:
-    """A request that ends before it begins, whose only effect is that the prefill engine frees the blocks.
-
-    It is vLLM's own path for a handoff that is refused (`notify_kv_transfer_request_rejected`).
-    """
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
-
-    return EngineCoreRequest(
-        request_id=leg_id,
-        prompt_token_ids=[0],
-        mm_features=None,
-        sampling_params=SamplingParams(max_tokens=1, extra_args={KV_PARAMS: dict(handoff.params)}, watermarking=False),
-        pooling_params=None,
-        arrival_time=time.time(),
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-        abort_immediately=True,
-    )
 
 
 def without_engine_args(params: SamplingParams) -> SamplingParams:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
 
 KV_PARAMS = "kv_transfer_params"
 """The key of `SamplingParams.extra_args` under which vLLM looks for KV transfer parameters."""
@@ -60,3 +64,26 @@ class Handoff:
         """Prompt tokens that the prefill engine had in its prefix cache, where it says so."""
         value = self.params.get("remote_prefill_cached_tokens")
         return None if value is None else int(value)
+
+
+def release_leg(handoff: Handoff) -> EngineCoreRequest:
+    """A request for the prefill engine itself that ends before it begins; its only effect is that the blocks are free.
+
+    It is vLLM's own path for a handoff that is refused (`notify_kv_transfer_request_rejected`), which in vLLM only a
+    decode engine can take: `kv_transfer.own_release` lets a prefill engine take it.
+    """
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    return EngineCoreRequest(
+        request_id=f"{handoff.leg_id}-release",
+        prompt_token_ids=[0],
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=1, extra_args={KV_PARAMS: dict(handoff.params)}, watermarking=False),
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        abort_immediately=True,
+    )

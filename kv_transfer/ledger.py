@@ -18,10 +18,6 @@ OUTSTANDING = Gauge("baton_handoffs_outstanding", "Finished prefills whose block
 RELEASED = Counter(
     "baton_handoffs_released_total", "Handoffs released because nobody would pull them, by reason.", ["reason"]
 )
-EXPIRED = Counter(
-    "baton_handoffs_expired_total",
-    "Handoffs that could not be released before their lease had run out: there was no decode worker to do it.",
-)
 SETTLED_SECONDS = Histogram(
     "baton_handoff_seconds",
     "From the end of a prefill until its blocks were pulled or released.",
@@ -29,25 +25,19 @@ SETTLED_SECONDS = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
 
-Send = Callable[[Handoff], bool]
-"""Has some decode engine release a handoff; False when there is none to ask."""
-
 
 class Ledger:
     """The outstanding handoffs of one front end.
 
     Args:
-        send: has a decode engine release a handoff.
+        send: has a prefill engine release a handoff.
         on_settled: called with each handoff that was pulled or released, or whose engine died.
-        lease_s: after so long a prefill engine frees the blocks itself.
     """
 
-    def __init__(self, send: Send, on_settled: Callable[[Handoff], None], lease_s: float) -> None:
+    def __init__(self, send: Callable[[Handoff], None], on_settled: Callable[[Handoff], None]) -> None:
         self._send = send
-        self._lease_s = lease_s
         self._on_settled = on_settled
         self._since: dict[Handoff, float] = {}
-        self._owed: dict[Handoff, str] = {}  # to be released as soon as somebody can, and why
 
     def open(self, handoff: Handoff) -> None:
         """A prefill has finished."""
@@ -59,23 +49,11 @@ class Ledger:
         self._close(handoff, "pulled")
 
     def release(self, handoff: Handoff, reason: str) -> None:
-        """Nobody will pull the blocks: free them at once, or as soon as there is a decode engine to say so."""
-        if handoff not in self._since:
-            return
-        if self._send(handoff):
+        """Nobody will pull the blocks: free them at once."""
+        if handoff in self._since:
+            self._send(handoff)
             RELEASED.labels(reason=reason).inc()
             self._close(handoff, "released")
-        else:
-            self._owed[handoff] = reason
-
-    def tidy(self) -> None:
-        """Release what could not be released before, and strike off what the lease has settled meanwhile."""
-        for handoff, reason in list(self._owed.items()):
-            if time.monotonic() - self._since[handoff] > self._lease_s:
-                EXPIRED.inc()
-                self._close(handoff, "expired")
-            else:
-                self.release(handoff, reason)
 
     def forget(self, engine_id: str) -> None:
         """A prefill engine has died, and its blocks with it."""
@@ -98,7 +76,6 @@ class Ledger:
         return time.monotonic() - min(self._since.values()) if self._since else 0.0
 
     def _close(self, handoff: Handoff, end: str) -> None:
-        self._owed.pop(handoff, None)
         since = self._since.pop(handoff, None)
         if since is not None:
             OUTSTANDING.dec()

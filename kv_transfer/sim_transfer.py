@@ -1,4 +1,4 @@
-"""How simulated engines hand KV over: prefill listens, decode pulls or releases. JSON lines on TCP."""
+"""How simulated engines hand KV over: prefill listens, decode pulls or says that it won't. JSON lines on TCP."""
 
 from __future__ import annotations
 

@@ -122,7 +122,8 @@ class SimulatedEngine:
         sampling = request.sampling_params
         params = dict((sampling.extra_args or {}).get(KV_PARAMS) or {}) if sampling else {}
         if request.abort_immediately:
-            self._spawn(settle_remote(params, RELEASE_TIMEOUT_S))
+            if params.get("remote_engine_id") == self._engine_id:
+                self._give_up(str(params["remote_request_id"]))
             return
         prompt = request.prompt_token_ids or []
         salt = (request.cache_salt, request.lora_request.lora_name if request.lora_request else None)

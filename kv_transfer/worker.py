@@ -22,7 +22,7 @@ import ray
 from kv_transfer.engine import Engine, EngineDied, start_engine
 from kv_transfer.front_end import FrontEnd, NoStream, WrongApplication, WrongIncarnation
 from kv_transfer.gpu_memory import GpuMemory
-from kv_transfer.handoff import KV_PARAMS
+from kv_transfer.handoff import KV_PARAMS, Handoff, release_leg
 from kv_transfer.load import PERIOD_S, Meter, News
 from kv_transfer.pull_watch import PullWatch
 from kv_transfer.self_measurement import measure
@@ -169,7 +169,8 @@ class EngineWorker:
             await self._abort(list(peer.legs))
             if peer.handoffs and self._dead is None:
                 self._counts["orphans"] += len(peer.handoffs)
-                await self.release_elsewhere(list(peer.handoffs.values()))
+                logger.warning("%d handoffs of a front end that left are released", len(peer.handoffs))
+                await self._release(list(peer.handoffs.values()))
 
     async def call(self, engine_id: str | None, token: str, method: str, args: list[Any]) -> Any:
         """Call a utility method of the engine core; `None` asks whichever worker answers."""
@@ -180,9 +181,6 @@ class EngineWorker:
         """The `VllmConfig` for a front end; `None` asks whichever worker answers."""
         self._check(engine_id, token)
         return await asyncio.to_thread(self.engine.vllm_config)
-
-    async def release_elsewhere(self, handoffs: list[dict[str, Any]]) -> None:
-        """Have these handoffs of a front end that left released; a role that gives none has nothing to do."""
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """What Ray Serve tells every front end about this replica: the engine's facts."""
@@ -299,7 +297,7 @@ class EngineWorker:
             front_end = self._owner.get(output.request_id)
             if front_end is None:  # it was aborted after it had finished, so nobody will ask for its blocks
                 if output.kv_transfer_params:
-                    self._spawn(self.release_elsewhere([output.kv_transfer_params]))
+                    self._spawn(self._release([output.kv_transfer_params]))
                 continue
             split.setdefault(front_end, []).append(output)
             if output.finished:
@@ -311,6 +309,11 @@ class EngineWorker:
             for front_end, batch in split.items()
             if front_end in self._front_ends
         }
+
+    async def _release(self, handoffs: list[dict[str, Any]]) -> None:
+        """Free the blocks of finished prefills that nobody will pull, by their KV transfer parameters."""
+        for params in handoffs:
+            await self.engine.add(release_leg(Handoff.from_params(params)))
 
     async def _abort(self, leg_ids: list[str]) -> None:
         for leg_id in leg_ids:

@@ -17,9 +17,9 @@ from typing import Any
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 
-from decode.request import decode_leg, release_leg
+from decode.request import decode_leg
 from decode.resume import is_exact, why_not_resumable
-from kv_transfer.handoff import Handoff, InvalidHandoff
+from kv_transfer.handoff import Handoff, InvalidHandoff, release_leg
 from kv_transfer.ledger import Ledger
 from prefill.request import prefill_leg
 from runtime.account import Charge, charges
@@ -63,12 +63,11 @@ class Cluster(EngineCoreClient):
         limits: LimitSettings,
         placement: Placement,
         admission: AdmissionPolicy | None = None,
-        lease_s: float = 60.0,
     ) -> None:
         self.engine_ranks_managed = [0]
         self.resources = Resources()
         self.fleet: Fleet  # set by the front end, which owns the handles
-        self.ledger = Ledger(self._send_release, lambda handoff: self.fleet.settled(handoff), lease_s)
+        self.ledger = Ledger(self._send_release, lambda handoff: self.fleet.settled(handoff))
         self.room = WaitingRoom(
             admission or AdmissionPolicy(),
             limits.wait_for_worker_s,
@@ -286,12 +285,11 @@ class Cluster(EngineCoreClient):
             self.ledger.open(handoff)
             self.ledger.release(handoff, "abandoned")
 
-    def _send_release(self, handoff: Handoff) -> bool:
-        """Have a decode engine tell the prefill engine that nobody will pull these blocks."""
-        links = self.fleet.links("decode") or [worker.link for worker in self.fleet.leaving("decode")]
-        if links:
-            links[0].send(release_leg(handoff, f"{handoff.leg_id}-release"), lambda: self._release_again(handoff))
-        return bool(links)
+    def _send_release(self, handoff: Handoff) -> None:
+        """Tell the prefill engine that nobody will pull these blocks. One that is lost has none any more, or its worker
+        releases them itself: they are of a front end that it has lost."""
+        if (link := self.fleet.link(handoff.engine_id)) is not None:
+            link.send(release_leg(handoff))
 
     def waiting(self) -> tuple[int, int]:
         """Requests that no worker has yet, and their prompt tokens."""
@@ -324,8 +322,7 @@ class Cluster(EngineCoreClient):
             self.tidy()
 
     def tidy(self) -> None:
-        """Release what could not be released before, and drop aborted prefill legs that were never heard of again."""
-        self.ledger.tidy()
+        """Drop aborted prefill legs that were never heard of again."""
         now = time.monotonic()
         for leg in list(self._legs.values()):
             if leg.abandoned_at is not None and now - leg.abandoned_at > ABANDONED_KEEP_S:

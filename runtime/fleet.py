@@ -174,10 +174,6 @@ class Fleet:
         """The links of a pool, or of both."""
         return [w.link for w in self.workers.values() if role in (None, w.link.facts.role) and w.state is State.READY]
 
-    def leaving(self, role: str) -> list[Worker]:
-        """The workers of a pool that finish what they have and take nothing new."""
-        return [worker for worker in self.in_state(State.DRAINING) if worker.link.facts.role == role]
-
     def in_state(self, state: State) -> list[Worker]:
         """The workers in one state."""
         return [worker for worker in self.workers.values() if worker.state is state]

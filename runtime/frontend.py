@@ -147,7 +147,7 @@ async def start_front_end(
     vllm_config = await handles["decode"].describe.remote(None, token)
     await prefill_is_up
     placement = Placement(config.routing.policy(), CacheView(config.routing.index_blocks))
-    cluster = Cluster(config.limits, placement, config.admission.policy(), config.transport.lease_s)
+    cluster = Cluster(config.limits, placement, config.admission.policy())
     outstanding, move_s = cluster.ledger.outstanding, config.limits.grace.move_s
     cluster.fleet = Fleet(front_end, handles, token, cluster.on_outputs, cluster.on_lost, outstanding, move_s)
     cluster.seen = ClientView(config.objectives.policy())

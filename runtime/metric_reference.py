@@ -41,7 +41,6 @@ ADVICE: dict[str, tuple[str, str]] = {
         "seconds",
         "The network between the pools is slow, or decode workers have no free blocks.",
     ),
-    "baton_handoffs_expired": ("handoffs", "There was no decode worker for a whole lease: see `baton_workers_lost`."),
     "baton_handoffs_outstanding": ("handoffs", "Decode is behind: more decode workers, or smaller prompts."),
     "baton_handoffs_released": ("handoffs", "`lost`: workers die or pulls fail. `abandoned`: clients leave early."),
     "baton_inter_token_seconds": ("seconds", "More decode workers; shorter steps; fewer prompts read beside streams."),

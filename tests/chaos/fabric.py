@@ -19,8 +19,6 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from decode.request import release_leg
-from kv_transfer.handoff import Handoff
 from kv_transfer.settings import EngineSettings, SimulatorSettings, TransportSettings
 from kv_transfer.sim_text import fold, next_token
 from kv_transfer.simulator import SimulatedEngine
@@ -72,12 +70,6 @@ class Worker(EngineWorker):
         """The engine."""
         assert isinstance(self.engine, SimulatedEngine)
         return self.engine
-
-    async def release_elsewhere(self, handoffs: list[dict[str, Any]]) -> None:
-        """As the prefill worker's, over the fabric."""
-        for params in handoffs:
-            handoff = Handoff.from_params(params)
-            await self.fabric.any("decode").engine.add(release_leg(handoff, f"{handoff.leg_id}-orphan"))
 
     def kill(self) -> None:
         """SIGKILL: nothing is said to anybody, all connections break."""

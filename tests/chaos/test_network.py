@@ -21,8 +21,8 @@ import pytest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
-from decode.request import decode_leg, release_leg
-from kv_transfer.handoff import Handoff
+from decode.request import decode_leg
+from kv_transfer.handoff import Handoff, release_leg
 from kv_transfer.settings import EngineSettings, TransportSettings
 from kv_transfer.sim_transfer import ANSWER_TIMEOUT_S
 from kv_transfer.simulator import SimulatedEngine
@@ -166,12 +166,20 @@ def test_a_reset_fails_the_pull_at_once(sides: Sides, engines: Engines) -> None:
     assert time.monotonic() - began < 2
 
 
-def test_a_release_that_is_lost_leaves_it_to_the_lease(sides: Sides, engines: Engines) -> None:
-    """The last resort: blocks that nobody could release are free when their lease has run out, and that is counted."""
+def test_a_release_needs_no_other_engine(sides: Sides, engines: Engines) -> None:
+    """Cut off from the decode pool, a prefill engine is still told by its worker, and frees the blocks at once."""
     handoff = prefilled(sides[0], engines[0])
     assert engines[0].state()["blocks_held"] > 0
     sides[0].plug("down")
-    sides[1].run(engines[1].add(release_leg(handoff, "release")))
+    sides[0].run(engines[0].add(release_leg(handoff)))
+    state = engines[0].state()
+    assert (state["blocks_held"], state["handoffs"], state["leases_expired"]) == (0, 0, 0)
+
+
+def test_what_nobody_releases_is_left_to_the_lease(sides: Sides, engines: Engines) -> None:
+    """The last resort: such blocks are free when their lease has run out, and that is counted."""
+    prefilled(sides[0], engines[0])
+    assert engines[0].state()["blocks_held"] > 0
     deadline = time.monotonic() + LEASE_S + 5
     while engines[0].state()["blocks_held"] and time.monotonic() < deadline:
         time.sleep(0.1)

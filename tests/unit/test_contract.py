@@ -16,6 +16,7 @@ from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.request_router import RequestRouter
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.sampling_params import SamplingParams
@@ -85,6 +86,7 @@ def test_the_cluster_overrides_what_there_is(name: str) -> None:
         (RequestRouter.create_replica_wrapper, ["self", "replica_info"]),
         (RunningReplica.try_send_request, ["self", "pr", "with_rejection"]),
         (ActorReplicaResult.get_rejection_response, ["self"]),
+        (NixlPullConnectorWorker._read_blocks_for_req, ["self", "req_id", "meta"]),
         (ReplicaQueueLengthInfo, ["accepted", "num_ongoing_requests"]),
     ],
 )

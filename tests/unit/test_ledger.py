@@ -22,68 +22,34 @@ def metric(name: str) -> float:
     return REGISTRY.get_sample_value(name) or 0.0
 
 
-class Release:
-    """A decode pool that may be empty."""
-
-    def __init__(self) -> None:
-        self.there = True
-        self.released: list[Handoff] = []
-        self.settled: list[Handoff] = []
-        self.ledger = Ledger(self.send, self.settled.append, lease_s=60.0)
-
-    def send(self, handoff: Handoff) -> bool:
-        if self.there:
-            self.released.append(handoff)
-        return self.there
-
-
 def test_each_handoff_is_settled_once() -> None:
     """Pulled, released or dead: whichever comes first, and the rest changes nothing."""
-    pool = Release()
+    released: list[Handoff] = []
+    settled: list[Handoff] = []
+    ledger = Ledger(released.append, settled.append)
     a, b, c = handoff("a"), handoff("b"), handoff("c", "q")
     before = metric("baton_handoffs_outstanding")
     for each in (a, b, c):
-        pool.ledger.open(each)
+        ledger.open(each)
     assert metric("baton_handoffs_outstanding") == before + 3
-    assert pool.ledger.outstanding() == {"p": 2, "q": 1}
-    pool.ledger.pulled(a)
-    pool.ledger.release(a, "abandoned")
-    pool.ledger.release(b, "abandoned")
-    pool.ledger.pulled(b)
-    pool.ledger.forget("q")
-    pool.ledger.release(c, "abandoned")
-    assert (pool.released, pool.settled) == ([b], [a, b, c])
+    assert ledger.outstanding() == {"p": 2, "q": 1}
+    ledger.pulled(a)
+    ledger.release(a, "abandoned")
+    ledger.release(b, "abandoned")
+    ledger.pulled(b)
+    ledger.forget("q")
+    ledger.release(c, "abandoned")
+    assert (released, settled) == ([b], [a, b, c])
     assert metric("baton_handoffs_outstanding") == before
 
 
-def test_what_nobody_can_release_now_is_released_later() -> None:
-    """As soon as there is a decode worker again."""
-    pool = Release()
-    pool.there = False
-    a = handoff("a")
-    pool.ledger.open(a)
-    pool.ledger.release(a, "abandoned")
-    pool.ledger.tidy()
-    assert (pool.released, pool.ledger.outstanding()) == ([], {"p": 1})
-    pool.there = True
-    pool.ledger.tidy()
-    assert (pool.released, pool.ledger.outstanding()) == ([a], {})
-
-
-def test_a_lease_that_had_to_run_out_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody could release it in time: the prefill engine has freed the blocks itself. That is not to happen."""
-    pool = Release()
-    pool.there = False
-    a = handoff("a")
-    pool.ledger.open(a)
-    pool.ledger.release(a, "abandoned")
-    before, now = metric("baton_handoffs_expired_total"), time.monotonic()
+def test_the_oldest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handoff that stays tells of a fault: its age is what an alert looks at."""
+    ledger = Ledger(lambda handoff: None, lambda handoff: None)
+    a, now = handoff("a"), time.monotonic()
+    assert ledger.oldest_s() == 0.0
+    ledger.open(a)
     monkeypatch.setattr(time, "monotonic", lambda: now + 59.0)
-    pool.ledger.tidy()
-    assert pool.ledger.oldest_s() == pytest.approx(59.0, abs=0.5)
-    assert pool.ledger.outstanding() == {"p": 1}
-    monkeypatch.setattr(time, "monotonic", lambda: now + 61.0)
-    pool.ledger.tidy()
-    assert (pool.released, pool.ledger.outstanding()) == ([], {})
-    assert metric("baton_handoffs_expired_total") == before + 1
-    assert pool.ledger.oldest_s() == 0.0
+    assert ledger.oldest_s() == pytest.approx(59.0, abs=0.5)
+    ledger.release(a, "abandoned")
+    assert ledger.oldest_s() == 0.0

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
-from decode.request import decode_leg, release_leg
+from decode.request import decode_leg
 from kv_transfer.engine import EngineDied
-from kv_transfer.handoff import Handoff
+from kv_transfer.handoff import Handoff, release_leg
 from kv_transfer.settings import EngineSettings, SimulatorSettings, TransportSettings
 from kv_transfer.sim_cache import BlockCache, BlocksStored, KvEvent
 from kv_transfer.simulator import SimulatedEngine
@@ -161,7 +161,10 @@ async def test_a_handoff_pins_its_blocks_until_it_is_settled(start: Start, pull:
     assert prefill.state()["handoffs"] == 1
     assert prefill.state()["blocks_held"] >= math.ceil(len(PROMPT) / BLOCK)
     assert not await prefill.call("reset_prefix_cache")
-    await decode.add(decode_leg(new_request("r"), "d", handoff) if pull else release_leg(handoff, "release"))
+    if pull:
+        await decode.add(decode_leg(new_request("r"), "d", handoff))
+    else:
+        await prefill.add(release_leg(handoff))
     await until(lambda: in_use(prefill) == 0 and decode.state()["pulls"] == pull)
     assert prefill.state()["leases_expired"] == 0
     assert await prefill.call("reset_prefix_cache")
@@ -265,13 +268,13 @@ def test_events_tell_what_can_be_hit(operations: list[tuple[str, str]]) -> None:
 
 async def test_what_can_never_fit_ends_at_once(start: Start) -> None:
     """A request larger than the cache ends with an error, even while a handoff is pinned; others only wait."""
-    engine, decode = await start("prefill", num_blocks=16), await start()
+    engine = await start("prefill", num_blocks=16)
     handoff = await prefilled(engine, new_request("r", PROMPT[:8]))
     others = [new_request(str(i), [i] * 30, max_tokens=2) for i in range(3)]
     outputs = await run(engine, new_request("huge", range(100)), *others)
     assert outputs.pop("huge")[-1].finish_reason is FinishReason.ERROR
     assert [len(text(o)) for o in outputs.values()] == [2, 2, 2]
-    await decode.add(release_leg(handoff, "release"))
+    await engine.add(release_leg(handoff))
     await until(lambda: in_use(engine) == 0)
 
 
@@ -412,14 +415,16 @@ async def play(folder: Path, operations: list[tuple[str, Any]]) -> None:
             for output in (await prefill.outputs()).outputs:
                 leg_id = output.request_id
                 handoff = handoffs[leg_id] = Handoff.from_params(output.kv_transfer_params)
-                leg = release_leg(handoff, "r") if leg_id in gone else decode_leg(requests[leg_id], leg_id, handoff)
-                await decode.add(leg)
+                if leg_id in gone:
+                    await prefill.add(release_leg(handoff))
+                else:
+                    await decode.add(decode_leg(requests[leg_id], leg_id, handoff))
 
     async def release_failed() -> None:
         while True:
             for output in (await decode.outputs()).outputs:
                 if output.finish_reason is FinishReason.ERROR:
-                    await decode.add(release_leg(handoffs[output.request_id], "r"))
+                    await prefill.add(release_leg(handoffs[output.request_id]))
 
     readers = [asyncio.ensure_future(hand_over()), asyncio.ensure_future(release_failed())]
     for number, (operation, value) in enumerate(operations):
