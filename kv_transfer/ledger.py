@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Count
+from collections import deque
 from collections.abc import Callable
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -26,6 +27,10 @@ SETTLED_SECONDS = Histogram(
 )
 
 
+ABORT_S = 60.0
+"""After so long a decode engine has carried out an abort, or counts as dead. (A step on a CPU can take 10 s.)"""
+
+
 class Ledger:
     """The outstanding handoffs of one front end.
 
@@ -38,6 +43,7 @@ class Ledger:
         self._send = send
         self._on_settled = on_settled
         self._since: dict[Handoff, float] = {}
+        self._entrusted: deque[tuple[float, str, Handoff]] = deque()  # since when, to which decode engine
 
     def open(self, handoff: Handoff) -> None:
         """A prefill has finished."""
@@ -55,10 +61,27 @@ class Ledger:
             RELEASED.labels(reason=reason).inc()
             self._close(handoff, "released")
 
+    def entrust(self, handoff: Handoff, engine_id: str) -> None:
+        """A decode engine was told to pull the blocks, and now to abort: it settles them, pulled or not, if it lives.
+
+        It does not tell when. To release the blocks at once could change them under a pull that is under way.
+        """
+        now = time.monotonic()
+        while self._entrusted and now - self._entrusted[0][0] > ABORT_S:
+            self._entrusted.popleft()
+        self._entrusted.append((now, engine_id, handoff))
+        self._close(handoff, "entrusted")
+
     def forget(self, engine_id: str) -> None:
-        """A prefill engine has died, and its blocks with it."""
+        """An engine has died: a prefill engine's blocks with it; what a decode engine was to settle is released."""
         for handoff in [handoff for handoff in self._since if handoff.engine_id == engine_id]:
             self._close(handoff, "died")
+        lost = [handoff for _, decode, handoff in self._entrusted if decode == engine_id]
+        kept = (entry for entry in self._entrusted if engine_id not in (entry[1], entry[2].engine_id))
+        self._entrusted = deque(kept)
+        for handoff in lost:
+            self.open(handoff)
+            self.release(handoff, "lost")
 
     def outstanding(self) -> Count[str]:
         """How many handoffs of each prefill engine are outstanding."""

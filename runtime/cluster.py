@@ -209,18 +209,17 @@ class Cluster(EngineCoreClient):
         if link is None:
             raise WorkerLost(leg.engine_id, "it left before the leg was sent")
         self._legs[leg.id] = leg
-        handoff = leg.live.handoff if leg.decodes else None
-        expected = leg.charge.reads or leg.charge.pulls
-        number = link.submit(request, expected, lambda: self._never_arrived(leg, handoff))
+        number = link.submit(request, leg.charge.reads or leg.charge.pulls)
         self.fleet.sent(leg.engine_id, leg.charge, number)
         try:
             return await leg.done
         except asyncio.CancelledError:
             link.send([leg.id])
-            if leg.decodes:
-                self._taken_over(leg.live)  # the decode engine settles what it was given, pulled or not
-            else:
+            if not leg.decodes:
                 leg.abandoned_at = time.monotonic()
+            elif leg.live.handoff is not None and link.lost is None:
+                self.ledger.entrust(leg.live.handoff, leg.engine_id)
+                leg.live.handoff = None
             raise
         finally:
             if leg.abandoned_at is None:
@@ -295,17 +294,6 @@ class Cluster(EngineCoreClient):
         """Requests that no worker has yet, and their prompt tokens."""
         lengths = [len(live.request.prompt_token_ids or ()) for live in self._live.values() if not live.legs]
         return len(lengths), sum(lengths)
-
-    def _never_arrived(self, leg: Leg, handoff: Handoff | None) -> None:
-        """A leg was lost on the way. If it was cancelled meanwhile, nobody settles what it was to pull."""
-        if handoff is not None and leg.done.cancelled():
-            self._release_again(handoff)
-
-    def _release_again(self, handoff: Handoff) -> None:
-        """Release what was taken for settled; the blocks of an engine that is gone are gone with it."""
-        if self.fleet.link(handoff.engine_id) is not None:
-            self.ledger.open(handoff)
-            self.ledger.release(handoff, "lost")
 
     def on_lost(self, engine_id: str, why: str, *, drained: bool = False) -> None:
         """Plan every request of a lost worker again; `drained`: it was to go anyway."""

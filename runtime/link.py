@@ -8,7 +8,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kv_transfer.engine import EngineFacts
@@ -28,14 +27,6 @@ HEARTBEAT_S = FRONT_END_SILENCE_S / 4
 
 EXCHANGE_MEMORY = 16.0
 """A message's time counts 1/e after so many others; one that took very long counts as not quite so long."""
-
-
-@dataclass(frozen=True)
-class _Queued:
-    """A command, and what to do when it is not known to have reached the worker."""
-
-    command: Command
-    on_dropped: Callable[[], object] | None
 
 
 class Link:
@@ -65,8 +56,7 @@ class Link:
         self._on_outputs = on_outputs
         self._on_news = on_news
         self._on_lost = on_lost
-        self._commands: asyncio.Queue[_Queued] = asyncio.Queue()
-        self._under_way: list[_Queued] = []
+        self._commands: asyncio.Queue[Command] = asyncio.Queue()
         self._settled: list[str] = []
         self._expected: dict[str, int] = {}
         self._legs = 0
@@ -74,17 +64,12 @@ class Link:
         self._writing = asyncio.get_running_loop().create_task(self._write(), context=contextvars.Context())
         self._reading = reader.read(self._open, self._take, self._ended)
 
-    def send(self, command: Command, on_dropped: Callable[[], object] | None = None) -> None:
-        """Queue a leg, or the ids of legs to abort; never blocks.
-
-        `on_dropped` is called once when the link is lost before the worker is known to have the command.
-        """
+    def send(self, command: Command) -> None:
+        """Queue a leg, or the ids of legs to abort; never blocks. It is dropped when the link is lost."""
         if self.lost is None:
-            self._commands.put_nowait(_Queued(command, on_dropped))
-        elif on_dropped is not None:
-            on_dropped()
+            self._commands.put_nowait(command)
 
-    def submit(self, request: EngineCoreRequest, expected: int, on_dropped: Callable[[], object]) -> int:
+    def submit(self, request: EngineCoreRequest, expected: int) -> int:
         """Queue a leg, as `send` does, with the number of prompt tokens that are to be read or fetched.
 
         Returns:
@@ -92,7 +77,7 @@ class Link:
         """
         self._expected[request.request_id] = expected
         self._legs += 1
-        self.send(request, on_dropped)
+        self.send(request)
         return self._legs
 
     def settled(self, leg_id: str) -> None:
@@ -132,24 +117,22 @@ class Link:
         await self.up.wait()
         try:
             while True:
-                self._under_way = await self._next_commands()
+                commands = await self._next_commands()
                 while not self._commands.empty():
-                    self._under_way.append(self._commands.get_nowait())
-                commands = [queued.command for queued in self._under_way]
+                    commands.append(self._commands.get_nowait())
                 settled, self._settled = self._settled, []
                 expected, self._expected = self._expected, {}
                 sent = time.monotonic()
                 await self._handle.exchange.remote(
                     self.facts.engine_id, self._token, self._name, commands, settled, expected
                 )
-                self._under_way = []
                 self._exchanged(time.monotonic() - sent)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # as above
             self._lose(f"it took no commands: {type(error).__name__}: {error}")
 
-    async def _next_commands(self) -> list[_Queued]:
+    async def _next_commands(self) -> list[Command]:
         """The next command; none after a while, which tells the worker that this front end is alive."""
         try:
             return [await asyncio.wait_for(self._commands.get(), HEARTBEAT_S)]
@@ -169,9 +152,3 @@ class Link:
         if self._writing is not asyncio.current_task():
             self._writing.cancel()
         self._on_lost(self, why)
-        dropped = self._under_way
-        while not self._commands.empty():
-            dropped.append(self._commands.get_nowait())
-        for queued in dropped:
-            if queued.on_dropped is not None:
-                queued.on_dropped()

@@ -358,7 +358,7 @@ class FrontEnd:
         self.fabric = fabric
         settings = LimitSettings(**limits)
         placement = Placement(PRESETS[preset], CacheView(100_000))
-        self.cluster = Cluster(settings, placement, admission, LEASE_S)
+        self.cluster = Cluster(settings, placement, admission)
         handles: Any = {role: Handle(fabric, role) for role in ROLES}
         self.cluster.fleet = Fleet(
             self.name,

@@ -17,7 +17,7 @@ from kv_transfer import worker as worker_module
 from runtime import fleet as fleet_module
 from runtime import link as link_module
 from runtime.limit_settings import LimitSettings
-from tests.chaos.fabric import Fabric, FrontEnd, answer, bare_model, fabrics
+from tests.chaos.fabric import Fabric, FrontEnd, Worker, answer, bare_model, fabrics
 
 SEEDS = [int(os.environ["BATON_CHAOS_SEED"])] if "BATON_CHAOS_SEED" in os.environ else [1, 2, 3]
 """`BATON_CHAOS_SEED=N` replays one run."""
@@ -159,6 +159,43 @@ async def test_what_a_broken_link_swallowed_is_released(make: Callable[..., Any]
         link.close("it broke")
     fabric.swallows = None
     await nothing_left(fabric, front_end)
+
+
+async def test_the_last_decode_worker_dies_while_it_pulls(make: Callable[..., Any]) -> None:
+    """The request goes on whole on the prefill worker, whose blocks are free although nobody is left to pull."""
+    fabric, front_end = await make(workers=1)
+    decode = fabric.pools["decode"][0]
+    decode.simulated.faults.hang_pulls = 1
+    running = asyncio.ensure_future(read(front_end, "r", list(range(500)), 20))
+    await _fetching(decode)
+    fabric.kill(decode, replace_after_s=60)
+    assert await running == answer(list(range(500)), 20)
+    await nothing_left(fabric, front_end)
+
+
+async def test_a_decode_worker_dies_before_it_can_abort(make: Callable[..., Any]) -> None:
+    """A client leaves during a pull, and the decode worker that was told so dies: the blocks are free soon."""
+    fabric, front_end = await make(workers=1)
+    decode = fabric.pools["decode"][0]
+    decode.simulated.faults.hang_pulls = 1
+    leaver = asyncio.ensure_future(read(front_end, "r", list(range(500)), 5))
+    await _fetching(decode)
+    fabric.swallows = "decode"
+    leaver.cancel()
+    await asyncio.wait({leaver})
+    while front_end.cluster.ledger.outstanding():
+        await asyncio.sleep(0.01)
+    assert fabric.blocks_held() > 0
+    fabric.kill(decode)
+    fabric.swallows = None
+    await nothing_left(fabric, front_end)
+
+
+async def _fetching(worker: Worker) -> None:
+    """Wait until a worker pulls."""
+    async with asyncio.timeout(10):
+        while not worker.simulated.state()["fetching"]:
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

@@ -43,6 +43,27 @@ def test_each_handoff_is_settled_once() -> None:
     assert metric("baton_handoffs_outstanding") == before
 
 
+def test_what_a_dead_decode_engine_was_to_settle_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told to abort its pull, and nobody knows whether it did: unless the blocks are dead or it was long ago."""
+    released: list[Handoff] = []
+    ledger = Ledger(released.append, lambda handoff: None)
+    old, dead, elsewhere, lost = handoff("old"), handoff("dead", "q"), handoff("elsewhere"), handoff("lost")
+    before, now = metric("baton_handoffs_outstanding"), time.monotonic()
+    for each in (old, dead, elsewhere, lost):
+        ledger.open(each)
+    ledger.entrust(old, "d")
+    monkeypatch.setattr(time, "monotonic", lambda: now + 100.0)
+    ledger.entrust(dead, "d")
+    ledger.entrust(elsewhere, "e")
+    ledger.entrust(lost, "d")
+    assert ledger.outstanding() == {}
+    ledger.forget("q")
+    ledger.forget("d")
+    ledger.forget("d")
+    assert released == [lost]
+    assert metric("baton_handoffs_outstanding") == before
+
+
 def test_the_oldest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A handoff that stays tells of a fault: its age is what an alert looks at."""
     ledger = Ledger(lambda handoff: None, lambda handoff: None)
