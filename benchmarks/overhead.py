@@ -10,14 +10,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,9 +20,9 @@ from typing import Any
 import aiohttp
 import yaml
 
+from benchmarks.servers import ROOT, running
 from runtime.config_file import load
 
-ROOT = Path(__file__).parent.parent
 PROMPT = list(range(1000, 1100))
 
 
@@ -62,31 +57,6 @@ async def measure(url: str, model: str, requests: int, streams: int, tokens: int
         started = time.perf_counter()
         await asyncio.gather(*(stream(session, url, model, number, tokens) for number in range(streams)))
         return firsts, streams * tokens / (time.perf_counter() - started)
-
-
-@contextmanager
-def running(command: list[str], ready: str, port: int) -> Iterator[str]:
-    """A server until the block ends."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if ready in line:
-            break
-    else:
-        raise SystemExit("".join(lines))
-    os.set_blocking(process.stdout.fileno(), False)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        process.kill()
-        process.stdout.close()
 
 
 def spread(values: list[float], scale: float = 1.0) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 import aiohttp
 import yaml
 
-from benchmarks.overhead import ROOT, running
+from benchmarks.servers import ROOT, running
 
 MARK = "BATON_BENCHMARK"
 SIMULATOR = {"prefill_tokens_per_s": 800, "step_base_s": 0.05, "max_batch_requests": 32, "max_step_tokens": 512}

@@ -32,7 +32,8 @@ from typing import Any
 import aiohttp
 import yaml
 
-from benchmarks.overhead import ROOT, running
+from benchmarks.servers import ROOT, running
+from benchmarks.streams import Stream, follow, percentile
 from runtime.config import Config
 from runtime.config_file import load
 
@@ -103,22 +104,12 @@ def segment(requests: Iterator[Asked], level: float, seconds: float) -> list[Ask
 async def ask(session: aiohttp.ClientSession, model: str, asked: Asked, salt: str, start: float) -> Seen:
     """Send a request at its time, and watch its tokens come."""
     await asyncio.sleep(max(0.0, start + asked.at_s - time.perf_counter()))
-    seen, sent, last = Seen(), time.perf_counter(), 0.0
+    stream = Stream()
     body = {"model": model, "prompt": asked.prompt, "max_tokens": max(1, asked.answer), "ignore_eos": True,
-            "stream": True, "cache_salt": salt}  # fmt: skip
-    async with session.post("/v1/completions", json=body) as response:
-        async for line in response.content:
-            if not line.startswith(b"data: {") or b'"choices"' not in line:
-                continue
-            now = time.perf_counter()
-            if seen.first_s is None:
-                seen.first_s = now - sent
-            else:
-                seen.gap_s = max(seen.gap_s, now - last)
-                seen.itl_s += now - last
-            seen.tokens, last = seen.tokens + 1, now
-    seen.itl_s /= max(1, seen.tokens - 1)
-    return seen
+            "cache_salt": salt}  # fmt: skip
+    await follow(session, body, stream)
+    gaps = stream.gaps_s
+    return Seen(stream.first_s, max(gaps, default=0.0), sum(gaps) / max(1, len(gaps)), len(stream.came_s))
 
 
 async def case(url: str, model: str, asked: list[Asked], salt: str) -> list[Seen]:
@@ -163,11 +154,6 @@ def run(policy: str, traces: dict[str, Path], seconds: float, out: Path, levels:
                 print(policy, name, level, len(seen), "requests", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{policy}.json").write_text(json.dumps(figures))
-
-
-def percentile(values: list[float], part: float) -> float:
-    """Of the sorted values the one at this part."""
-    return sorted(values)[min(len(values) - 1, int(part * len(values)))] if values else float("nan")
 
 
 def summary(figures: dict[str, Any], ttft_s: float, gap_s: float) -> dict[str, Any]:
