@@ -18,6 +18,9 @@ from kv_transfer.block_keys import EngineHash, StoredBlocks, short, stored_keys
 
 _EVERYBODY = -1
 
+_WALKED = 8
+"""So many blocks at the start of a prompt are looked at one by one; see `PrefixIndex.match`."""
+
 
 @dataclass(eq=False)
 class _Worker:
@@ -37,35 +40,31 @@ class Match(Mapping[str, int]):
     until the index changes.
     """
 
-    __slots__ = ("_block_tokens", "_levels", "_names", "_workers")
+    __slots__ = ("_levels", "_names", "_workers")
 
-    def __init__(
-        self, levels: list[tuple[int, int]], workers: Mapping[str, _Worker], names: Sequence[str], block_tokens: int
-    ) -> None:
-        self._levels = levels  # (blocks, set of holders), fewest blocks first
+    def __init__(self, levels: list[tuple[int, int]], workers: Mapping[str, _Worker], names: Sequence[str]) -> None:
+        self._levels = levels  # (tokens, set of those who hold so many), most tokens first
         self._workers = workers
         self._names = names  # by slot
-        self._block_tokens = block_tokens
 
     def __getitem__(self, worker: str) -> int:
-        if self._levels:
-            slot = self._workers[worker].slot
-            for blocks, holders in reversed(self._levels):
-                if holders >> slot & 1:
-                    return blocks * self._block_tokens
-        raise KeyError(worker)
+        tokens = self.get(worker)
+        if tokens is None:
+            raise KeyError(worker)
+        return int(tokens)
 
     def get(self, worker: str, default: Any = None) -> Any:
         """As of any mapping; without an exception for each worker that holds nothing."""
-        known = self._workers.get(worker) if self._levels else None
+        known = self._workers.get(worker)
         if known is not None:
-            for blocks, holders in reversed(self._levels):
-                if holders >> known.slot & 1:
-                    return blocks * self._block_tokens
+            bit = known.bit
+            for tokens, holders in self._levels:
+                if holders & bit:
+                    return tokens
         return default
 
     def __iter__(self) -> Iterator[str]:
-        for _, holders in reversed(self._levels):
+        for _, holders in self._levels:
             for slot in _slots(holders):
                 yield self._names[slot]
 
@@ -155,34 +154,43 @@ class PrefixIndex:
         """
         self._turn_predictions(now)
         _join(self._predicted, keys, self._worker(worker).bit)
-        for key in keys:
-            if (holders := self._old.pop(key, None)) is not None:
-                self._young[key] = holders
+        self._use(keys)
 
     def match(self, keys: Sequence[int], now: float) -> Match:
-        """What each worker holds, or will hold by prediction, of the prompt with these keys."""
+        """What each worker holds, or will hold by prediction, of the prompt with these keys.
+
+        Holders get fewer along a prompt, for engines give up later blocks of a chain before earlier ones, and nearly
+        always so does this index. A worker that holds two blocks is therefore taken to hold those between, and a prompt
+        of n blocks costs about log n lookups for each length that is held. The first few blocks, which engines with a
+        sliding window give up first, are all looked at. A worker with a hole further on may be said to hold more than
+        it does, never less: it then gets a request that it has to read more of.
+        """
         self._turn_predictions(now)
         young, old = self._young.get, self._old.get
         soon, soon_before = self._predicted.get, self._predicted_before.get
-        predictions = bool(self._predicted or self._predicted_before)
         levels: list[tuple[int, int]] = []
-        alive, last = _EVERYBODY, _EVERYBODY
-        for depth, key in enumerate(keys):
-            holders = young(key) or old(key, 0)
-            if predictions:
-                holders |= soon(key, 0) | soon_before(key, 0)
-            if holders is last:  # one set for many blocks of a chain
-                continue
-            last, still = holders, alive & holders
-            if still != alive:
-                if depth:
-                    levels.append((depth, alive ^ still))
-                alive = still
-                if not alive:
-                    break
-        if alive and keys:
-            levels.append((len(keys), alive))
-        return Match(levels, self._workers, self._names, self.block_tokens)
+        held, alive = 0, _EVERYBODY  # so many blocks are held by all of these
+        ahead = [(len(keys), 0)]  # blocks further on that were looked at, the nearest last, and their holders
+        while alive:
+            place, holders = ahead.pop()
+            if holders & alive != alive:
+                while held < place:
+                    middle = held if held < _WALKED else (held + place) // 2
+                    key = keys[middle]
+                    found = young(key) or old(key, 0)
+                    if found & alive != alive:
+                        found |= soon(key, 0) | soon_before(key, 0)
+                    if found & alive == alive:
+                        held = middle + 1
+                    else:
+                        ahead.append((place, holders))
+                        place, holders = middle, found
+                if held:
+                    levels.append((held * self.block_tokens, alive & ~holders))
+                alive &= holders
+            held = place + 1
+        levels.reverse()
+        return Match(levels, self._workers, self._names)
 
     def _worker(self, name: str) -> _Worker:
         if name not in self._workers:
@@ -206,10 +214,12 @@ class PrefixIndex:
 
     def _hold(self, bit: int, keys: Sequence[int]) -> None:
         """Add a holder; what is used moves to the young."""
-        for key in keys:
-            if (holders := self._old.pop(key, None)) is not None:
-                self._young[key] = holders
+        self._use(keys)
         self._entries += _join(self._young, keys, bit)
+
+    def _use(self, keys: Sequence[int]) -> None:
+        for key in filter(self._old.__contains__, keys):
+            self._young[key] = self._old.pop(key)
 
     def _drop(self, worker: _Worker, keys: int | tuple[int, ...]) -> None:
         for key in keys if isinstance(keys, tuple) else (keys,):
@@ -253,9 +263,9 @@ class PrefixIndex:
 
 def _slots(holders: int) -> Iterator[int]:
     while holders:
-        lowest = holders & -holders
-        yield lowest.bit_length() - 1
-        holders ^= lowest
+        slot = holders.bit_length() - 1
+        yield slot
+        holders ^= 1 << slot
 
 
 def _join(blocks: dict[int, int], keys: Sequence[int], bit: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -235,6 +236,67 @@ def _leading(prefixes: Counter[tuple[int, ...]], tokens: list[int]) -> int:
     while (end := (blocks + 1) * B) <= len(tokens) and prefixes[tuple(tokens[:end])]:
         blocks += 1
     return blocks
+
+
+HELD = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 60))
+"""So many blocks of one prompt on each worker."""
+
+
+@settings(max_examples=300, deadline=None)
+@given(HELD, HELD, st.integers(0, 60))
+def test_holders_of_long_prompts(stored_blocks: dict[str, int], predicted: dict[str, int], blocks: int) -> None:
+    """Not every block is looked at, and yet each worker has what it holds: in the engine, or by prediction."""
+    tokens = list(range(60 * B))
+    index = PrefixIndex(B)
+    for worker, held_blocks in stored_blocks.items():
+        index.add(worker, stored(tokens[: held_blocks * B]))
+    for worker, held_blocks in predicted.items():
+        index.predict(worker, prompt_keys(tokens[: held_blocks * B], B), now=0.0)
+    expected = {}
+    for worker in {*stored_blocks, *predicted}:
+        most = min(blocks, max(stored_blocks.get(worker, 0), predicted.get(worker, 0)))
+        if most:
+            expected[worker] = most * B
+    match = index.match(prompt_keys(tokens[: blocks * B], B), 0.0)
+    assert dict(match) == expected
+    assert list(match.values()) == sorted(expected.values(), reverse=True)
+
+
+def test_few_blocks_of_a_long_prompt_are_looked_at() -> None:
+    """A prompt of a thousand blocks costs a few tens of lookups."""
+    tokens = list(range(1000 * B))
+    index = PrefixIndex(B)
+    index.add("a", stored(tokens[: 100 * B]))
+    index.add("b", stored(tokens[: 700 * B]))
+
+    class Counted(list[int]):
+        looked_at = 0
+
+        def __getitem__(self, place: Any) -> Any:
+            self.looked_at += 1
+            return super().__getitem__(place)
+
+    keys = Counted(prompt_keys(tokens, B))
+    assert dict(index.match(keys, 0.0)) == {"a": 100 * B, "b": 700 * B}
+    assert keys.looked_at < 40
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from("abc"), st.sets(st.integers(0, 39))))
+def test_holes_only_ever_add(holes: dict[str, set[int]]) -> None:
+    """A worker with holes in its chain is never said to hold less than it does; a hole near the start always counts."""
+    tokens = list(range(40 * B))
+    index = PrefixIndex(B)
+    index.add("whole", stored(tokens))
+    for worker, places in holes.items():
+        index.add(worker, stored(tokens))
+        index.remove(worker, [engine_hash(tokens[: (place + 1) * B]) for place in places])
+    found = held(index, tokens)
+    assert found["whole"] == 40 * B
+    for worker, places in holes.items():
+        first, claimed = min(places, default=40), found.get(worker, 0) // B
+        assert claimed == first if first < 8 else claimed >= first
+        assert claimed not in range(1, 41) or claimed - 1 not in places
 
 
 @settings(max_examples=100, deadline=None)
