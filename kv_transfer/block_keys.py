@@ -101,8 +101,8 @@ def _chain(
     """The keys of the blocks that follow `parent`; `extras` is what is new in a block, by its place."""
     keys: list[int] = []
     key = parent
-    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
-        key = hash((key, *tokens[start : start + block_tokens])) & _KEY_BITS
+    for block in zip(*[iter(tokens)] * block_tokens, strict=False):  # full blocks only
+        key = hash((key, block)) & _KEY_BITS
         if extras and (extra := extras.get(len(keys))):
             key = hash((key, *extra)) & _KEY_BITS
         keys.append(key)
