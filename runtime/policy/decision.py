@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
+from functools import cached_property
 from typing import NamedTuple
 from zlib import crc32
 
 from runtime.policy.pool import Pool
 from runtime.policy.predict import Share, alone, alone_beside, alone_idle, read, write
+from runtime.policy.shortlist import Shortlist, shortlist
 from runtime.policy.types import (
-    UNMEASURED,
     Disaggregated,
     Load,
     Local,
@@ -22,17 +22,15 @@ from runtime.policy.types import (
     WorkerView,
 )
 
-SCANNED = 32
-"""So many of the workers that hold most of a prompt are looked at first."""
-
 SAME = 0.001
 """Differences below this (seconds; parts of a limit) don't count: equally good workers share the load instead."""
 
 WIDER = 4
 """So many times the shortlist is looked at when none of it keeps the limits."""
 
+_PREFILL, _DECODE = 0, 1  # places of the pools, and of their shortlists
 
-ShareOf = Callable[[WorkerView, RequestView, RoutingSettings], Share]
+ShareOf = Callable[[WorkerView, int, int, RoutingSettings], Share]
 
 
 class Candidate(NamedTuple):
@@ -47,8 +45,11 @@ class Candidate(NamedTuple):
 
 
 def rank(candidate: Candidate) -> tuple[bool, int, int, str]:
-    """Orders candidates, the best one first: within the limits, then by time to first token."""
-    return bool(candidate.barred), _thousandths(candidate.excess), _thousandths(candidate.ttft_s), candidate.kind
+    """Orders candidates, the best one first: within the limits, then by time to first token.
+
+    In thousandths of a limit and in milliseconds: coarse, so that equally good plans are equal.
+    """
+    return bool(candidate.barred), int(candidate.excess * 1000), int(candidate.ttft_s * 1000), candidate.kind
 
 
 class Decision:
@@ -62,15 +63,12 @@ class Decision:
     def __init__(self, request: RequestView, snapshot: Snapshot, settings: RoutingSettings) -> None:
         self._request = request
         self._settings = settings
-        self._prefill = Pool.of(snapshot.prefill)
-        self._decode = Pool.of(snapshot.decode)
         self._handoff_s = snapshot.handoff_s
         self._spread = crc32(request.request_id.encode())
+        self._pools = Pool.of(snapshot.prefill), Pool.of(snapshot.decode)
+        self._few = self._shortlist(settings.shortlist)
         self._forced = self._why_whole()
-        self._few_prefill = self._shortlist(self._prefill, settings.shortlist)
-        self._few_decode = self._shortlist(self._decode, settings.shortlist)
         self._reads: list[Share] = []
-        self._writes: list[Share] = []
         self._candidates = self._choose_from()
         self.winner = min(self._candidates, key=rank)
 
@@ -82,11 +80,12 @@ class Decision:
 
     def _why_whole(self) -> str:
         """Why the request has to run whole, if it has to."""
-        if not self._decode:
+        prefill, decode = self._pools
+        if not decode:
             return "no_decode_workers"
         if not self._request.can_disaggregate:
             return "needs_prompt_logprobs"
-        return "" if self._prefill else "no_prefill_workers"
+        return "" if prefill else "no_prefill_workers"
 
     def _choose_from(self) -> list[Candidate]:
         mode = self._settings.mode
@@ -94,15 +93,15 @@ class Decision:
             return [self._alone("local", self._best([*self._decode_alone(), *self._prefill_alone()]))]
         if self._forced:
             return self._whole_only()
-        self._reads = self._shares(self._prefill, self._few_prefill, read)
-        self._writes = self._shares(self._decode, self._few_decode, write)
+        self._reads = self._shares(_PREFILL, read)
+        local = self._local() if mode == "adaptive" else []
+        if any(map(self._sooner_than_read, local)):
+            return local
         pair = self._pair(self._best(self._reads), self._best(self._writes))
-        if mode == "always":
-            return [pair]
-        return [pair, *self._local(), *self._borrowed(self._writes)]
+        return [pair, *local, *self._borrowed(self._writes)]
 
     def _whole_only(self) -> list[Candidate]:
-        if not self._decode:
+        if not self._pools[_DECODE]:
             return [self._alone("borrowed", self._best(self._prefill_alone()))]
         shares = self._decode_alone()
         return [self._alone("local", self._best(shares)), *self._borrowed(shares)]
@@ -114,8 +113,9 @@ class Decision:
             return []
         candidates = [self._alone("local", self._best(shares))]
         if self._settings.borrow and self._prefill_is_behind():
-            idle = [share.worker for share in shares if _idle(share.worker)]
-            shares = [alone_idle(worker, self._request, self._settings) for worker in idle]
+            tokens, settings = self._request.prompt_tokens, self._settings
+            idle = [(share.worker, share.cached) for share in shares if _idle(share.worker)]
+            shares = [alone_idle(worker, tokens, cached, settings) for worker, cached in idle]
             candidates += [self._alone("idle", self._best(shares))] if shares else []
         return candidates
 
@@ -127,7 +127,11 @@ class Decision:
         return [self._alone("borrowed", self._best(shares))] if shares else []
 
     def _prefill_is_behind(self) -> bool:
-        return all(share.worker.backlog_s >= self._settings.behind_s for share in self._reads)
+        return min([share.worker.backlog_s for share in self._reads]) >= self._settings.behind_s
+
+    def _sooner_than_read(self, local: Candidate) -> bool:
+        """Whether it keeps the limits, and prefill workers would still be reading the prompt: nothing beats it then."""
+        return not local.excess and local.ttft_s + SAME < min([share.seconds for share in self._reads])
 
     def _pair(self, reads: Share, writes: Share) -> Candidate:
         ttft_s = reads.seconds + self._handoff_s + writes.seconds
@@ -139,42 +143,36 @@ class Decision:
     # The workers that are looked at
 
     def _prefill_alone(self) -> list[Share]:
-        return self._shares(self._prefill, self._few_prefill, alone)
+        return self._shares(_PREFILL, alone)
 
     def _decode_alone(self) -> list[Share]:
-        return self._shares(self._decode, self._few_decode, alone_beside)
+        return self._shares(_DECODE, alone_beside)
 
-    def _shares(self, pool: Pool, few: list[WorkerView], share_of: ShareOf) -> list[Share]:
-        """The shares of a few workers; of more when none of the few keeps the limits."""
-        request, settings = self._request, self._settings
-        shares = [share_of(worker, request, settings) for worker in few]
-        if len(pool) > len(few) and _all_over(shares):
-            more = self._shortlist(pool, WIDER * settings.shortlist)
-            shares = [share_of(worker, request, settings) for worker in more]
+    @cached_property
+    def _writes(self) -> list[Share]:
+        return self._shares(_DECODE, write)
+
+    def _shares(self, role: int, share_of: ShareOf) -> list[Share]:
+        """The shares of a few workers of a pool; of more when none of the few keeps the limits."""
+        tokens, settings = self._request.prompt_tokens, self._settings
+        shares = [share_of(worker, tokens, cached, settings) for worker, cached in self._few[role]]
+        if len(shares) < len(self._pools[role]) and _all_over(shares):
+            shares = [share_of(worker, tokens, cached, settings) for worker, cached in self._more[role]]
         return shares
 
-    def _shortlist(self, pool: Pool, count: int) -> list[WorkerView]:
-        """The least loaded workers of a pool first, then those that hold most of the prompt."""
-        workers = pool.least_loaded(count, self._spread)
-        if self._request.cached and len(workers) < len(pool):
-            known = {worker.engine_id for worker in workers}
-            names = [name for name in islice(self._request.cached, SCANNED) if name not in known]
-            holders = [worker for name in names if (worker := pool.find(name))]
-            workers += holders if len(holders) <= count else sorted(holders, key=self._reading_s)[:count]
-        return workers
+    def _shortlist(self, count: int) -> Shortlist:
+        return shortlist(*self._pools, self._request, count, self._spread)
 
-    def _reading_s(self, worker: WorkerView) -> float:
-        cost = worker.prefill or UNMEASURED
-        return worker.backlog_s + cost.each_s * (self._request.prompt_tokens - self._request.cached[worker.engine_id])
+    @cached_property
+    def _more(self) -> Shortlist:
+        """More workers, for when none of a pool's few keeps the limits."""
+        return self._shortlist(WIDER * self._settings.shortlist)
 
     def _best(self, shares: Sequence[Share]) -> Share:
         """The share with the least seconds of those within the limits; equal ones by load, then by the request's id."""
-        within = [share for share in shares if not share.excess]
-        if not within:
-            least = min(share.excess for share in shares)
-            within = [share for share in shares if share.excess < least + SAME]
-        soonest = min([share.seconds for share in within])
-        equal = [share for share in within if share.seconds < soonest + SAME]
+        within = [share for share in shares if not share.excess] or _least_over(shares)
+        almost = min([share.seconds for share in within]) + SAME
+        equal = [share for share in within if share.seconds < almost]
         return equal[0] if len(equal) == 1 else min(equal, key=self._tie)
 
     def _tie(self, share: Share) -> tuple[Load, int]:
@@ -202,7 +200,7 @@ class Decision:
         if mode == "never" or (mode == "always" and winner.reads):
             return mode
         if self._forced:
-            return "decode_behind" if winner.kind == "borrowed" and self._decode else self._forced
+            return "decode_behind" if winner.kind == "borrowed" and self._pools[_DECODE] else self._forced
         if (winner.reads or winner.writes).worker.prefill is None:
             return "least_loaded"
         if winner.excess:
@@ -220,11 +218,12 @@ class Decision:
         shown = list(chosen)
         if not self._forced and self._settings.mode != "never":
             best_read, best_write = self._best(self._reads), self._best(self._writes)
+            shown += [] if any(c.reads for c in chosen) else [self._pair(best_read, best_write)]
             shown += [self._pair(reads, best_write) for reads in self._reads if reads is not best_read]
             shown += [self._pair(best_read, writes) for writes in self._writes if writes is not best_write]
         for kind, shares in (("local", self._decode_alone()), ("borrowed", self._prefill_alone())):
-            seen = {c.writes for c in chosen if c.kind == kind}
-            shown += [self._bar(self._alone(kind, share)) for share in shares if share not in seen]
+            seen = [c.writes.worker for c in chosen if c.kind == kind]
+            shown += [self._bar(self._alone(kind, share)) for share in shares if share.worker not in seen]
         return shown
 
     def _bar(self, candidate: Candidate) -> Candidate:
@@ -235,7 +234,7 @@ class Decision:
             barred = "the settings disaggregate what can be"
         elif mode == "adaptive" and not self._forced and share.worker.prefill is None:
             barred = "the worker has no figures to predict its gap from"
-        elif candidate.kind == "borrowed" and mode == "adaptive" and self._decode:
+        elif candidate.kind == "borrowed" and mode == "adaptive" and self._pools[_DECODE]:
             if share.worker.waiting_tokens:
                 barred = "the prefill worker has prompts of its own"
             elif not self._borrowed(self._decode_alone() if self._forced else self._writes):
@@ -247,10 +246,10 @@ def _idle(worker: WorkerView) -> bool:
     return not (worker.streams or worker.waiting_tokens or worker.pulling_tokens)
 
 
+def _least_over(shares: Sequence[Share]) -> list[Share]:
+    least = min([share.excess for share in shares])
+    return [share for share in shares if share.excess < least + SAME]
+
+
 def _all_over(shares: Sequence[Share]) -> bool:
     return bool(shares[0].excess) and all(share.excess for share in shares)
-
-
-def _thousandths(value: float) -> int:
-    """Milliseconds, or thousandths of a limit: coarse, so that equally good plans are equal."""
-    return int(value * 1000)

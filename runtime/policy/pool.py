@@ -31,6 +31,11 @@ class Pool(tuple["WorkerView", ...]):
         """Load and place of each worker, least loaded first."""
         return sorted((view.load, place) for place, view in enumerate(self))
 
+    @cached_property
+    def least_token_s(self) -> float:
+        """Seconds that the quickest worker takes to read a token; carried on, so it may be one of an earlier view."""
+        return min([view.token_s for view in self])
+
     def find(self, engine_id: str) -> WorkerView | None:
         """The view of a worker, if it is in this pool."""
         place = self.places.get(engine_id)
@@ -43,11 +48,13 @@ class Pool(tuple["WorkerView", ...]):
             KeyError: the worker is not in this pool.
         """
         place = self.places[view.engine_id]
-        pool = Pool((*self[:place], view, *self[place + 1 :]))
+        views = list(self)
+        views[place] = view
+        pool = Pool(views)
         order = self._order.copy()
         del order[bisect_left(order, (self[place].load, place))]
         insort(order, (view.load, place))
-        pool.__dict__.update(places=self.places, _order=order)
+        pool.__dict__.update(places=self.places, _order=order, least_token_s=min(self.least_token_s, view.token_s))
         return pool
 
     def least_loaded(self, count: int, spread: int) -> list[WorkerView]:
@@ -55,7 +62,8 @@ class Pool(tuple["WorkerView", ...]):
         if len(self) <= count:
             return list(self)
         order = self._order
-        equal = bisect_right(order, (order[0][0], len(self)))
-        if equal <= count:
+        least = order[0][0]
+        if order[count][0] != least:  # so many or fewer are equal
             return [self[place] for _, place in islice(order, count)]
+        equal = bisect_right(order, (least, len(self)))
         return [self[order[(spread + number) % equal][1]] for number in range(count)]

@@ -3,13 +3,15 @@
 Seconds are predicted from what waits there, from the part of the prompt that is not cached there, and from the
 worker's measured costs. Engines read prompts in steps of at most `max_step_tokens`, first come first served, and every
 stream beside them waits for such a step: that is the gap that a prompt makes.
+
+`tokens` are those of the prompt; `cached` says how many of them the worker need not compute.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from runtime.policy.types import UNMEASURED, Cost, RequestView, RoutingSettings, WorkerView
+from runtime.policy.types import UNMEASURED, Cost, RoutingSettings, WorkerView
 
 FREE = Cost(0.0, 0.0)
 """Stands for a cost that was not measured."""
@@ -18,8 +20,12 @@ NO_ROOM = 1000.0
 """The excess of a worker without blocks or places for the request: worse than any slowness."""
 
 
-class Share(NamedTuple):
-    """A worker's share of a request: a half, or the whole. (A tuple: dozens are made for each request.)"""
+@dataclass(slots=True, eq=False)
+class Share:
+    """A worker's share of a request: a half, or the whole.
+
+    Not frozen: more than ten are made for each request, and freezing one takes as long as predicting it.
+    """
 
     worker: WorkerView
     cached: int  # prompt tokens that the worker holds
@@ -34,59 +40,50 @@ class Share(NamedTuple):
         return self.excess >= NO_ROOM
 
 
-def read(worker: WorkerView, request: RequestView, settings: RoutingSettings) -> Share:
+def read(worker: WorkerView, tokens: int, cached: int, settings: RoutingSettings) -> Share:
     """The prompt on a worker whose blocks go elsewhere. It needs blocks, but no place among the streams."""
-    cached = _cached(worker, request)
-    seconds, gap_s = _reading(worker, request.prompt_tokens - cached, worker.streams)
+    seconds, gap_s = _reading(worker, tokens - cached, worker.streams)
     excess = gap_s / settings.gap_limit_s - 1.0 if gap_s > settings.gap_limit_s else 0.0
-    if request.prompt_tokens > worker.room_tokens:
-        excess += NO_ROOM + request.prompt_tokens - worker.room_tokens
+    if tokens > worker.room_tokens:
+        excess += NO_ROOM + tokens - worker.room_tokens
     return Share(worker, cached, seconds, 0.0, gap_s, excess)
 
 
-def write(worker: WorkerView, request: RequestView, settings: RoutingSettings) -> Share:
+def write(worker: WorkerView, tokens: int, cached: int, settings: RoutingSettings) -> Share:
     """The answer on a worker that fetches the blocks it lacks. Its first step may have a prompt of others in it."""
-    cached = _cached(worker, request)
-    step, pull = worker.step or FREE, worker.pull or FREE
-    itl_s = gap_s = step.fixed_s + step.each_s * (worker.streams + 1)
+    pull = worker.pull or FREE
+    itl_s = gap_s = worker.step_s
     if worker.queued_tokens:
         gap_s += _chunk_s(worker, worker.queued_tokens)
-    seconds = pull.fixed_s + pull.each_s * (worker.pulling_tokens + request.prompt_tokens - cached) + gap_s
-    return Share(worker, cached, seconds, itl_s, gap_s, _excess(worker, request, settings, itl_s, gap_s))
+    seconds = pull.fixed_s + pull.each_s * (worker.pulling_tokens + tokens - cached) + gap_s
+    return Share(worker, cached, seconds, itl_s, gap_s, _excess(worker, tokens, settings, itl_s, gap_s))
 
 
-def whole(worker: WorkerView, request: RequestView, settings: RoutingSettings, beside: int) -> Share:
+def whole(worker: WorkerView, tokens: int, cached: int, settings: RoutingSettings, beside: int) -> Share:
     """All of a request on one worker, while so many streams are there or may come.
 
     Reading that takes longer than one gap may be is the time between tokens for a while, and has to keep that limit.
     """
-    cached = _cached(worker, request)
-    seconds, gap_s = _reading(worker, request.prompt_tokens - cached, beside)
-    step = worker.step or FREE
-    itl_s = step.fixed_s + step.each_s * (worker.streams + 1)
-    if gap_s > itl_s and seconds > settings.gap_limit_s:
+    seconds, gap_s = _reading(worker, tokens - cached, beside)
+    itl_s = worker.step_s
+    if seconds > settings.gap_limit_s and gap_s > itl_s:
         itl_s = gap_s
-    return Share(worker, cached, seconds, itl_s, gap_s, _excess(worker, request, settings, itl_s, gap_s))
+    return Share(worker, cached, seconds, itl_s, gap_s, _excess(worker, tokens, settings, itl_s, gap_s))
 
 
-def alone(worker: WorkerView, request: RequestView, settings: RoutingSettings) -> Share:
+def alone(worker: WorkerView, tokens: int, cached: int, settings: RoutingSettings) -> Share:
     """All of a request on a worker, with the streams that are there now."""
-    return whole(worker, request, settings, worker.streams)
+    return whole(worker, tokens, cached, settings, worker.streams)
 
 
-def alone_beside(worker: WorkerView, request: RequestView, settings: RoutingSettings) -> Share:
+def alone_beside(worker: WorkerView, tokens: int, cached: int, settings: RoutingSettings) -> Share:
     """All of a request on a decode worker: one without streams may get a stream while it reads."""
-    return whole(worker, request, settings, worker.streams or 1)
+    return whole(worker, tokens, cached, settings, worker.streams or 1)
 
 
-def alone_idle(worker: WorkerView, request: RequestView, settings: RoutingSettings) -> Share:
+def alone_idle(worker: WorkerView, tokens: int, cached: int, settings: RoutingSettings) -> Share:
     """All of a request on a worker that has no streams and is to get none meanwhile."""
-    return whole(worker, request, settings, 0)
-
-
-def _cached(worker: WorkerView, request: RequestView) -> int:
-    """Tokens of the prompt that need not be computed; the last one always is."""
-    return min(request.cached.get(worker.engine_id, 0), request.prompt_tokens - 1) if request.cached else 0
+    return whole(worker, tokens, cached, settings, 0)
 
 
 def _reading(worker: WorkerView, uncached: int, beside: int) -> tuple[float, float]:
@@ -96,7 +93,8 @@ def _reading(worker: WorkerView, uncached: int, beside: int) -> tuple[float, flo
     if not beside:
         return seconds, 0.0
     tokens = worker.waiting_tokens + uncached
-    step_s = (worker.step or FREE).of(beside)
+    step = worker.step or FREE
+    step_s = step.fixed_s + step.each_s * beside
     if worker.streams:
         seconds += step_s * (-(-tokens // worker.max_step_tokens) if worker.max_step_tokens else 1)
     return seconds, step_s + _chunk_s(worker, tokens)
@@ -104,16 +102,17 @@ def _reading(worker: WorkerView, uncached: int, beside: int) -> tuple[float, flo
 
 def _chunk_s(worker: WorkerView, tokens: int) -> float:
     """What one step takes longer for the prompt tokens in it."""
-    return (worker.prefill or UNMEASURED).each_s * min(tokens, worker.max_step_tokens or tokens)
+    most = worker.max_step_tokens
+    return (worker.prefill or UNMEASURED).each_s * (most if most and most < tokens else tokens)
 
 
-def _excess(worker: WorkerView, request: RequestView, settings: RoutingSettings, itl_s: float, gap_s: float) -> float:
+def _excess(worker: WorkerView, tokens: int, settings: RoutingSettings, itl_s: float, gap_s: float) -> float:
     """How far over the limits a worker that writes the answer would be."""
     excess = itl_s / settings.itl_limit_s - 1.0 if itl_s > settings.itl_limit_s else 0.0
     if gap_s > settings.gap_limit_s:
         excess = max(excess, gap_s / settings.gap_limit_s - 1.0)
-    if request.prompt_tokens > worker.room_tokens:
-        excess += NO_ROOM + request.prompt_tokens - worker.room_tokens
+    if tokens > worker.room_tokens:
+        excess += NO_ROOM + tokens - worker.room_tokens
     if worker.max_streams is not None and worker.streams >= worker.max_streams:
         excess += NO_ROOM + worker.streams
     return excess

@@ -56,6 +56,8 @@ class WorkerView:
     waiting_tokens: int = field(init=False, compare=False)  # prompt tokens that come before those of a new request
     backlog_s: float = field(init=False, compare=False)  # seconds until they are read
     room_tokens: float = field(init=False, compare=False)  # longest prompt that there are blocks for
+    token_s: float = field(init=False, compare=False)  # to read a token
+    step_s: float = field(init=False, compare=False)  # one decode step with one stream more than now; 0: not measured
     load: Load = field(init=False, compare=False)  # orders a pool; coarse, so that workers can be equal
 
     def __post_init__(self) -> None:
@@ -68,6 +70,8 @@ class WorkerView:
         derive(self, "waiting_tokens", waiting)
         derive(self, "backlog_s", backlog_s)
         derive(self, "room_tokens", room)
+        derive(self, "token_s", cost.each_s)
+        derive(self, "step_s", step_s)
         derive(self, "load", (int(backlog_s * 100), int(step_s * 1000), self.streams, self.tokens, self.requests))
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.policy.pool import Pool
-from runtime.policy.routing import REASONS, explain, route
+from runtime.policy.routing import REASONS, Verdict, explain, route
 from runtime.policy.types import (
     PRESETS,
     Cost,
@@ -304,6 +304,30 @@ def test_holders_are_found_among_many() -> None:
     pool = [prefill(f"p{n}", queued_tokens=n) for n in range(1000)]
     plan = route(request(2000, cached={"gone": 2000, "p700": 1900}), Snapshot(tuple(pool), (decode(),)))
     assert plan == Disaggregated("p700", "d1", "follows_cache")
+
+
+def test_holders_of_no_more_than_the_least_loaded_are_not_looked_at() -> None:
+    """A system prompt that all hold says nothing for any of them; but a quick worker is found among its holders."""
+    pool = [prefill(f"p{n}", queued_tokens=n) for n in range(100)]
+    shared = request(2000, cached={f"p{n}": 256 for n in reversed(range(100))})
+    assert shown(explain(shared, Snapshot(tuple(pool), (decode(),)))[1]) == {"p0", "p1", "p2", "p3"}
+    pool[90] = prefill("p90", queued_tokens=90, prefill=Cost(0.01, 0.0004))
+    assert route(shared, Snapshot(tuple(pool), (decode(),))) == Disaggregated("p90", "d1", "least_ttft")
+
+
+def test_a_local_plan_that_nothing_can_beat_is_shown_with_the_others() -> None:
+    """The halves of a pair are not needed to choose it, and `explain` has them all the same."""
+    snapshot = Snapshot((prefill(), prefill("p2")), (decode(), decode("d2")))
+    answer, verdicts = explain(request(1000, cached={"d2": 960}), snapshot)
+    assert answer == Local("d2", "short_prompt")
+    pairs = {(v.plan.prefill, v.plan.decode) for v in verdicts if isinstance(v.plan, Disaggregated)}
+    assert len(pairs) == 3, "the best of each pool, and each other worker with the best of the other pool"
+    assert len(verdicts) == 3 + 4
+
+
+def shown(verdicts: list[Verdict]) -> set[str]:
+    """The prefill workers of the candidates."""
+    return {v.plan.prefill for v in verdicts if isinstance(v.plan, Disaggregated)}
 
 
 def test_looks_further_when_the_least_loaded_do_not_do() -> None:
