@@ -51,6 +51,7 @@ class FrontEnd:
     heard: float = field(default_factory=time.monotonic)
     came: int = 0  # legs that this front end has sent
     told: News | None = None
+    _next_stream: asyncio.Future[bool] | None = None  # what an output stream that is long enough waits for
 
     async def batch(self) -> list[EngineCoreOutputs | News]:
         """All that is in the queue, at least one; nothing when the stream is to end."""
@@ -62,3 +63,21 @@ class FrontEnd:
                 return batch
             batch.append(item)
         return batch
+
+    def end(self) -> None:
+        """Have the stream end, after what is in the queue."""
+        self.queue.put_nowait(None)
+        if self._next_stream is not None and not self._next_stream.done():
+            self._next_stream.set_result(False)
+
+    def next_stream(self) -> asyncio.Future[bool]:
+        """Expect the front end to open its next stream: done once it has, False when this one is to end first."""
+        self._next_stream = asyncio.get_running_loop().create_future()
+        return self._next_stream
+
+    def take_over(self) -> bool:
+        """Whether another stream waits for this one to go on in its place."""
+        if self._next_stream is None or self._next_stream.done():
+            return False
+        self._next_stream.set_result(True)
+        return True

@@ -92,28 +92,36 @@ class SimulatedEngine:
         import vllm.v1.engine  # noqa: F401  # seconds that the first request would wait for
 
         engine = cls(settings)
+        try:
+            await engine._start()
+        except BaseException:
+            engine.shutdown()
+            raise
+        return engine
+
+    async def _start(self) -> None:
+        settings = self._settings
         host = "127.0.0.1" if settings.transport.host == "auto" else settings.transport.host
         if settings.events:
-            engine._events.start(host)
-        engine.facts = EngineFacts(
-            engine_id=engine._engine_id,
+            self._events.start(host)
+        self.facts = EngineFacts(
+            engine_id=self._engine_id,
             role=settings.role,
             model=settings.model,
             dtype=str(settings.args.get("dtype", "auto")),
             cache_dtype=str(settings.args.get("kv_cache_dtype", "auto")),
-            block_tokens=engine._sim.block_tokens,
+            block_tokens=self._sim.block_tokens,
             tensor_parallel=int(settings.args.get("tensor_parallel_size", 1)),
-            max_model_len=engine._window,
-            num_blocks=engine._sim.num_blocks,
+            max_model_len=self._window,
+            num_blocks=self._sim.num_blocks,
             kv_host=host,
-            kv_port=await engine._server.start(host),
-            max_streams=engine._sim.max_batch_requests,
-            max_step_tokens=engine._sim.max_step_tokens,
-            events=engine._events.endpoint,
-            events_replay=engine._events.replay_endpoint,
+            kv_port=await self._server.start(host),
+            max_streams=self._sim.max_batch_requests,
+            max_step_tokens=self._sim.max_step_tokens,
+            events=self._events.endpoint,
+            events_replay=self._events.replay_endpoint,
         )
-        engine._spawn(engine._run())
-        return engine
+        self._spawn(self._run())
 
     # The engine's interface
 

@@ -51,6 +51,11 @@ MESSAGE_S = 0.002
 faster goes in one message, which costs both sides about a millisecond whatever it carries."""
 
 
+STREAM_MESSAGES = 5_000
+"""An output stream is followed by a new one after so many messages: Ray keeps a record of each, some 400 bytes at both
+ends, until the stream ends."""
+
+
 class EngineWorker:
     """Owns one engine core, from start to death: when the core dies the worker reports unhealthy and is replaced."""
 
@@ -149,28 +154,40 @@ class EngineWorker:
 
     async def outputs(
         self, engine_id: str, token: str, front_end: str
-    ) -> AsyncIterator[list[EngineCoreOutputs | News]]:
+    ) -> AsyncIterator[list[EngineCoreOutputs | News] | None]:
         """Stream the outputs of this front end's legs, all steps since the last message in one; first the load.
 
-        News of the load come in between whenever it has changed. The stream ends when the engine dies. When the front
-        end leaves, its legs are aborted.
+        News of the load come in between whenever it has changed. None asks the front end to open the next stream, which
+        takes over from this one. The stream ends when the engine dies. When the front end leaves, its legs are aborted.
         """
         self._check(engine_id, token)
-        peer = self._front_ends[front_end] = FrontEnd()
+        peer, handed_over = self._front_ends.get(front_end), False
         try:
-            peer.told = News(self._meter.load(), 0)
-            yield [peer.told]
-            while batch := await peer.batch():
+            if peer is None or not peer.take_over():
+                peer = self._front_ends[front_end] = FrontEnd()
+                peer.told = News(self._meter.load(), 0)
+                yield [peer.told]
+            for _ in range(STREAM_MESSAGES):
+                if not (batch := await peer.batch()):
+                    return
                 yield batch
                 await asyncio.sleep(MESSAGE_S)
+            following = peer.next_stream()
+            yield None
+            handed_over = await following
         finally:
-            if self._front_ends.get(front_end) is peer:
-                del self._front_ends[front_end]
-            await self._abort(list(peer.legs))
-            if peer.handoffs and self._dead is None:
-                self._counts["orphans"] += len(peer.handoffs)
-                logger.warning("%d handoffs of a front end that left are released", len(peer.handoffs))
-                await self._release(list(peer.handoffs.values()))
+            if peer is not None and not handed_over:
+                await self._left(front_end, peer)
+
+    async def _left(self, front_end: str, peer: FrontEnd) -> None:
+        """Abort the legs of a front end that is gone, and release what it had not settled."""
+        if self._front_ends.get(front_end) is peer:
+            del self._front_ends[front_end]
+        await self._abort(list(peer.legs))
+        if peer.handoffs:
+            self._counts["orphans"] += len(peer.handoffs)
+            logger.warning("%d handoffs of a front end that left are released", len(peer.handoffs))
+            await self._release(list(peer.handoffs.values()))
 
     async def call(self, engine_id: str | None, token: str, method: str, args: list[Any]) -> Any:
         """Call a utility method of the engine core; `None` asks whichever worker answers."""
@@ -237,7 +254,7 @@ class EngineWorker:
         self._dead = why
         logger.error("engine %s died: %s", self.engine.facts.engine_id, why)
         for peer in self._front_ends.values():
-            peer.queue.put_nowait(None)
+            peer.end()
 
     async def _notice_hang(self, hang_s: float) -> None:
         """Take an engine that has had work all the time, and made no step with it, for dead."""
@@ -288,7 +305,7 @@ class EngineWorker:
                     peer.heard = now  # it was this process that stood still
                 elif now - peer.heard > FRONT_END_SILENCE_S:
                     logger.warning("front end %s is silent: its %d legs are aborted", name, len(peer.legs))
-                    peer.queue.put_nowait(None)
+                    peer.end()
 
     def _by_front_end(self, outputs: EngineCoreOutputs) -> dict[str, EngineCoreOutputs]:
         split: dict[str, list[Any]] = {}
@@ -313,7 +330,8 @@ class EngineWorker:
     async def _release(self, handoffs: list[dict[str, Any]]) -> None:
         """Free the blocks of finished prefills that nobody will pull, by their KV transfer parameters."""
         for params in handoffs:
-            await self.engine.add(release_leg(Handoff.from_params(params)))
+            if self._dead is None and self._engine is not None:  # else the blocks are gone with it
+                await self._engine.add(release_leg(Handoff.from_params(params)))
 
     async def _abort(self, leg_ids: list[str]) -> None:
         for leg_id in leg_ids:

@@ -38,7 +38,8 @@ class StreamReader:
 
     def read(self, open_stream: Callable[[], Stream], take: Callable[[T], object], ended: Ended) -> Future[None]:
         """Open a stream and pass its items to `take`, in order, and how it ended to `ended`; cancel what comes back to
-        give the stream up.
+        give the stream up. An item of None means that the stream goes on in another one: that one is opened, and the
+        first is read to its end before it.
 
         Handle calls from one Serve request share an id and can be mistaken for each other: these belong to none.
         """
@@ -64,16 +65,23 @@ class StreamReader:
         self._loop.stop()
 
     async def _pump(self, open_stream: Callable[[], Stream], tray: _Tray[T], ended: Ended) -> None:
-        stream = open_stream()
+        streams = deque([open_stream()])
         why: Exception | None = None
         try:
-            async for item in stream:
-                tray.put(item)
+            while streams:
+                async for item in streams[0]:
+                    if item is None:
+                        streams.append(open_stream())
+                    else:
+                        tray.put(item)
+                streams.popleft()
         except asyncio.CancelledError:
-            stream.cancel()
             raise
         except Exception as error:  # whatever it was, the reader's owner decides
             why = error
+        finally:
+            for stream in streams:
+                stream.cancel()
         self._home.call_soon_threadsafe(ended, why)
 
 

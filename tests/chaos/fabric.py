@@ -36,6 +36,7 @@ from runtime.warmup import Warmer
 VOCABULARY = 20_000
 ROLES = ("prefill", "decode")
 LEASE_S = 600
+END = object()
 
 
 def answer(prompt: list[int], tokens: int) -> list[int]:
@@ -106,20 +107,20 @@ class Call:
 
 
 class Stream:
-    """A streaming call. Read in another thread's loop than the one that the workers live in."""
+    """A streaming call, under way once it is made. Read in another loop than the one that the workers live in."""
 
     def __init__(self, handle: Handle, method: str, engine_id: str | None, args: tuple[Any, ...]) -> None:
         self._home = handle.fabric.loop
         self._handle, self._method, self._engine_id, self._args = handle, method, engine_id, args
         self._task: asyncio.Task[None] | None = None
+        self._items: asyncio.Queue[Any] = asyncio.Queue()
+        loop, put = asyncio.get_running_loop(), self._items.put_nowait
+        self._home.call_soon_threadsafe(self._begin, lambda item: loop.call_soon_threadsafe(put, item))
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         """Items until the stream ends or the worker dies."""
-        items: asyncio.Queue[Any] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        self._home.call_soon_threadsafe(self._begin, lambda item: loop.call_soon_threadsafe(items.put_nowait, item))
         while True:
-            kind, value = await items.get()
+            kind, value = await self._items.get()
             if kind == "item":
                 yield value
             elif kind == "end":
@@ -146,13 +147,13 @@ class Stream:
         step: asyncio.Future[Any] = asyncio.ensure_future(asyncio.sleep(0))
         try:
             while True:
-                step = asyncio.ensure_future(anext(generator, None))
+                step = asyncio.ensure_future(anext(generator, END))
                 await asyncio.wait({step, death}, return_when=asyncio.FIRST_COMPLETED)
                 if worker.killed.is_set():
                     step.cancel()
                     raise Died(self._method)
                 await self._handle.fabric.delay()
-                if (item := step.result()) is None:
+                if (item := step.result()) is END:
                     return
                 yield item
         except asyncio.CancelledError:
@@ -259,7 +260,11 @@ class Fabric:
     async def add(self, role: str) -> None:
         """Start one worker."""
         worker = Worker(self)
-        await worker.start(self._settings[role])
+        try:
+            await worker.start(self._settings[role])
+        except BaseException:
+            worker.shutdown()
+            raise
         self.pools[role].append(worker)
         self.announce(role)
 
@@ -321,8 +326,10 @@ class Fabric:
 
     async def close(self) -> None:
         """Stop everything."""
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for worker in [worker for pool in self.pools.values() for worker in pool]:
             worker.shutdown()
 

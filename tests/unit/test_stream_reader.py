@@ -53,6 +53,43 @@ async def test_items_come_in_order_then_the_end() -> None:
     assert await read(Stream(1000, broken)) == (list(range(1000)), broken)
 
 
+async def test_a_stream_goes_on_in_another_one() -> None:
+    """It is opened before the first has ended, and read after it; an end or a fault of either is one of the whole."""
+    broken, taken, opened = ConnectionError("gone"), list[int](), list[Chained]()
+    ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+    reader = StreamReader()
+
+    def open_next() -> Chained:
+        opened.append(Chained(opened, follows=len(opened) < 2, then=broken))
+        return opened[-1]
+
+    reader.read(open_next, taken.append, ended.set_result)
+    async with asyncio.timeout(10):
+        assert await ended is broken
+    reader.close()
+    assert taken == [10, 11, 20, 21, 30]
+
+
+class Chained:
+    """Says that it goes on in another stream, has one more item, and ends once the other one is opened."""
+
+    def __init__(self, opened: list[Chained], *, follows: bool, then: Exception) -> None:
+        self.opened, self.follows, self.then, self.number = opened, follows, then, 10 * (len(opened) + 1)
+
+    async def __aiter__(self) -> AsyncIterator[int | None]:
+        """As a worker's outputs."""
+        yield self.number
+        if not self.follows:
+            raise self.then
+        yield None
+        while len(self.opened) < self.number // 10 + 1:
+            await asyncio.sleep(0)
+        yield self.number + 1
+
+    def cancel(self) -> None:
+        """As Ray's."""
+
+
 async def test_what_came_while_the_loop_was_busy_comes_at_once() -> None:
     """Nothing else runs between the items that had to wait."""
     stream, reader, turns = Stream(500, open_end=True), StreamReader(), 0
