@@ -27,6 +27,7 @@ from runtime.client_view import ClientView, StreamClock
 from runtime.errors import BatonError, LegFailed, PullFailed, Refusal, Unrecoverable, WorkerDrained, WorkerLost
 from runtime.fleet import Fleet
 from runtime.limit_settings import LimitSettings
+from runtime.link import Link
 from runtime.live_request import Leg, LiveRequest, resolve, trusted
 from runtime.metrics import RECOVERIES
 from runtime.placement import Placement
@@ -214,17 +215,25 @@ class Cluster(EngineCoreClient):
         try:
             return await leg.done
         except asyncio.CancelledError:
-            link.send([leg.id])
-            if not leg.decodes:
-                leg.abandoned_at = time.monotonic()
-            elif leg.live.handoff is not None and link.lost is None:
-                self.ledger.entrust(leg.live.handoff, leg.engine_id)
-                leg.live.handoff = None
+            self._leave(leg, link)
             raise
         finally:
             if leg.abandoned_at is None:
                 self._legs.pop(leg.id, None)
             self.room.poke()
+
+    def _leave(self, leg: Leg, link: Link) -> None:
+        """Abort a leg whose request was cancelled, so that its blocks are settled whatever becomes of it."""
+        if not leg.done.cancelled():  # it had ended in the same moment; a lost or failed one leaves its handoff with us
+            if leg.done.exception() is None and not leg.decodes:
+                self._nobody_pulls(leg.done.result())
+            return
+        link.send([leg.id])
+        if not leg.decodes:
+            leg.abandoned_at = time.monotonic()
+        elif leg.live.handoff is not None and link.lost is None:
+            self.ledger.entrust(leg.live.handoff, leg.engine_id)
+            leg.live.handoff = None
 
     def on_outputs(self, batch: EngineCoreOutputs) -> None:
         """Take one step's outputs of one worker: the hot path, once per step and not per token."""
@@ -279,6 +288,10 @@ class Cluster(EngineCoreClient):
             resolve(leg, output)
             return
         self._legs.pop(leg.id, None)
+        self._nobody_pulls(output)
+
+    def _nobody_pulls(self, output: EngineCoreOutput) -> None:
+        """Release what a prefill leg has made after its request was cancelled."""
         with contextlib.suppress(InvalidHandoff):  # the abort came first: nothing is pinned
             handoff = Handoff.from_params(output.kv_transfer_params)
             self.ledger.open(handoff)

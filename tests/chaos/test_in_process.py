@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput
 
 from kv_transfer import worker as worker_module
 from runtime import fleet as fleet_module
 from runtime import link as link_module
 from runtime.limit_settings import LimitSettings
+from runtime.live_request import Leg
 from tests.chaos.fabric import Fabric, FrontEnd, Worker, answer, bare_model, fabrics
 
 SEEDS = [int(os.environ["BATON_CHAOS_SEED"])] if "BATON_CHAOS_SEED" in os.environ else [1, 2, 3]
@@ -25,7 +27,8 @@ SEEDS = [int(os.environ["BATON_CHAOS_SEED"])] if "BATON_CHAOS_SEED" in os.enviro
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silence and lost links are noticed sooner than in earnest."""
+    """Silence and lost links are noticed sooner than in earnest, and output streams follow each other sooner."""
+    monkeypatch.setattr(worker_module, "STREAM_MESSAGES", 20)
     monkeypatch.setattr(worker_module, "FRONT_END_SILENCE_S", 1.0)
     monkeypatch.setattr(link_module, "HEARTBEAT_S", 0.2)
     monkeypatch.setattr(fleet_module, "RECONNECT_S", 0.05)
@@ -147,7 +150,7 @@ async def test_a_worker_whose_pulls_fail_is_set_aside(make: Callable[..., Any]) 
 
 async def test_what_a_broken_link_swallowed_is_released(make: Callable[..., Any]) -> None:
     """A client leaves while its decode leg is on the way, and the leg never arrives: the blocks are free soon."""
-    fabric, front_end = await make()
+    fabric, front_end = await make(workers=1)
     fabric.swallows = "decode"
     leaver = asyncio.ensure_future(read(front_end, "r", list(range(500)), 5))
     while not front_end.cluster.ledger.outstanding():
@@ -158,6 +161,29 @@ async def test_what_a_broken_link_swallowed_is_released(make: Callable[..., Any]
     for link in front_end.cluster.fleet.links("decode"):
         link.close("it broke")
     fabric.swallows = None
+    await nothing_left(fabric, front_end)
+
+
+async def test_a_client_leaves_as_its_prefill_ends(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefill's end and the client's are one moment: the blocks are free soon, though nobody ever pulled them."""
+    fabric, front_end = await make(workers=1)
+    cluster, left = front_end.cluster, list[str]()
+    prefilled = cluster._prefilled
+
+    def and_leave(leg: Leg, output: EngineCoreOutput) -> None:
+        prefilled(leg, output)
+        assert leg.live.task is not None
+        leg.live.task.cancel()
+        left.append(leg.id)
+
+    monkeypatch.setattr(cluster, "_prefilled", and_leave)
+    leaver = asyncio.ensure_future(read(front_end, "r", list(range(500)), 5))
+    async with asyncio.timeout(10):
+        while not left:
+            await asyncio.sleep(0.001)
+    assert fabric.blocks_held() > 0
+    leaver.cancel()
+    await asyncio.wait({leaver})
     await nothing_left(fabric, front_end)
 
 
