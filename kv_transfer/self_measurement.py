@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("baton.worker")
 
 PROMPTS = (24, 512)
-"""Tokens of the prompts that are read."""
+"""Tokens of the prompts that are read; an engine whose steps are smaller reads a third of a step and a whole one."""
 
 STREAMS = 4
 """How many streams decode side by side, after the prompts' own single ones."""
@@ -37,9 +37,9 @@ async def measure(engine: Engine, costs: WorkerCosts) -> None:
     longest = min(engine.facts.max_step_tokens or PROMPTS[-1], engine.facts.max_model_len - ANSWER_TOKENS)
     try:
         async with asyncio.timeout(PATIENCE_S):
-            await _run(engine, 1, PROMPTS[0], [], [])  # what compiles or loads on first use
-            for tokens in PROMPTS:
-                await _run(engine, 1, min(tokens, longest), prompts, steps)
+            await _run(engine, 1, min(PROMPTS[0], longest), [], [])  # what compiles or loads on first use
+            for tokens in (min(PROMPTS[0], -(-longest // 3)), min(PROMPTS[1], longest)):
+                await _run(engine, 1, tokens, prompts, steps)
             await _run(engine, STREAMS, 1, [], steps)
         await engine.call("reset_prefix_cache")
     except TimeoutError:

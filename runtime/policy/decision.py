@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 from zlib import crc32
@@ -24,6 +25,9 @@ from runtime.policy.types import (
 
 SAME = 0.001
 """Differences below this (seconds; parts of a limit) don't count: equally good workers share the load instead."""
+
+SLACK = 1.1
+"""So many times the least time between tokens is a limit where the settings' limit can't be kept."""
 
 WIDER = 4
 """So many times the shortlist is looked at when none of it keeps the limits."""
@@ -62,11 +66,12 @@ class Decision:
 
     def __init__(self, request: RequestView, snapshot: Snapshot, settings: RoutingSettings) -> None:
         self._request = request
-        self._settings = settings
         self._handoff_s = snapshot.handoff_s
         self._spread = crc32(request.request_id.encode())
         self._pools = Pool.of(snapshot.prefill), Pool.of(snapshot.decode)
-        self._few = self._shortlist(settings.shortlist)
+        self._few = shortlist(*self._pools, request, settings.shortlist, self._spread)
+        self._settings = self._limits_that_can_be_kept(settings)
+        self._strained = self._settings is not settings
         self._forced = self._why_whole()
         self._reads: list[Share] = []
         self._candidates = self._choose_from()
@@ -75,6 +80,18 @@ class Decision:
     def plan(self) -> Plan:
         """The plan that wins."""
         return self.as_plan(self.winner, self._reason())
+
+    def _limits_that_can_be_kept(self, settings: RoutingSettings) -> RoutingSettings:
+        """The settings; where no decode worker keeps the time between tokens, with limits that the quickest one keeps.
+
+        Limits that are passed anyway, by the streams that are there, would rule nothing out: a plan that holds all of
+        them up for seconds would stand beside one that hardly makes a difference.
+        """
+        least_s = SLACK * min([worker.step_s for worker, _ in self._few[_DECODE]], default=0.0)
+        if settings.mode != "adaptive" or least_s <= settings.itl_limit_s:
+            return settings
+        gap_s = settings.gap_limit_s * least_s / settings.itl_limit_s
+        return replace(settings, itl_limit_s=least_s, gap_limit_s=gap_s)
 
     # The candidates
 
@@ -121,7 +138,9 @@ class Decision:
 
     def _borrowed(self, decode: Sequence[Share]) -> list[Candidate]:
         """An idle prefill worker runs the whole request, when none of the decode workers keeps the limits."""
-        if not self._settings.borrow or self._settings.mode != "adaptive" or not _all_over(decode):
+        if not self._settings.borrow or self._settings.mode != "adaptive":
+            return []
+        if not self._strained and not _all_over(decode):
             return []
         shares = [s for s in self._prefill_alone() if not s.worker.waiting_tokens and s.worker.prefill is not None]
         return [self._alone("borrowed", self._best(shares))] if shares else []
@@ -160,13 +179,10 @@ class Decision:
             shares = [share_of(worker, tokens, cached, settings) for worker, cached in self._more[role]]
         return shares
 
-    def _shortlist(self, count: int) -> Shortlist:
-        return shortlist(*self._pools, self._request, count, self._spread)
-
     @cached_property
     def _more(self) -> Shortlist:
         """More workers, for when none of a pool's few keeps the limits."""
-        return self._shortlist(WIDER * self._settings.shortlist)
+        return shortlist(*self._pools, self._request, WIDER * self._settings.shortlist, self._spread)
 
     def _best(self, shares: Sequence[Share]) -> Share:
         """The share with the least seconds of those within the limits; equal ones by load, then by the request's id."""
@@ -203,7 +219,7 @@ class Decision:
             return "decode_behind" if winner.kind == "borrowed" and self._pools[_DECODE] else self._forced
         if (winner.reads or winner.writes).worker.prefill is None:
             return "least_loaded"
-        if winner.excess:
+        if winner.excess or (self._strained and winner.kind != "borrowed"):
             return "over_limits"
         if winner.reads is None:
             return {"local": "short_prompt", "idle": "decode_idle", "borrowed": "decode_behind"}[winner.kind]

@@ -90,13 +90,13 @@ def _reading(worker: WorkerView, uncached: int, beside: int) -> tuple[float, flo
     """Seconds until the prompt is read here, and the longest gap that this makes in so many streams."""
     cost = worker.prefill or UNMEASURED
     seconds = worker.backlog_s + cost.fixed_s + cost.each_s * uncached
-    if not beside:
-        return seconds, 0.0
     tokens = worker.waiting_tokens + uncached
+    steps = -(-tokens // worker.max_step_tokens) if worker.max_step_tokens else 1
+    if not beside:
+        return seconds + cost.fixed_s * (steps - 1), 0.0
     step = worker.step or FREE
     step_s = step.fixed_s + step.each_s * beside
-    if worker.streams:
-        seconds += step_s * (-(-tokens // worker.max_step_tokens) if worker.max_step_tokens else 1)
+    seconds += step_s * steps if worker.streams else cost.fixed_s * (steps - 1)
     return seconds, step_s + _chunk_s(worker, tokens)
 
 

@@ -24,7 +24,7 @@ REASONS = {
     "never": "the settings say so",
     "least_loaded": "fewest requests: the settings say so, or the workers have told no figures yet",
     "round_robin": "the settings say so",
-    "over_limits": "no plan keeps the limits; this one is least over them",
+    "over_limits": "no plan keeps the limits; this one is quickest of those that are least over them",
     "follows_cache": "quickest: this worker holds more of the prompt than the least loaded one",
     "protects_streams": "quickest within the limits: reading on a decode worker would hold up its streams",
     "least_ttft": "quickest",
