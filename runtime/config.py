@@ -99,6 +99,12 @@ class FrontEndSettings(Settings):
         None, description="vLLM's reasoning parser for the model, such as `deepseek_r1`."
     )
     chat_template: str | None = Field(None, description="A chat template (file) in place of the model's own.")
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        description="Where OpenTelemetry spans go, such as `http://localhost:4317`: vLLM's of each request, Baton's "
+        "of its plan, in the client's trace (`traceparent`). OTLP over gRPC, unless the environment's "
+        "`OTEL_EXPORTER_OTLP_TRACES_PROTOCOL` is `http/protobuf`.",
+    )
     args: list[str] = Field(
         default_factory=list,
         description="Further command-line arguments of vLLM's OpenAI server, such as `--max-logprobs=50`.",

@@ -146,7 +146,8 @@ async def start_front_end(
     prefill_is_up = handles["prefill"].call.remote(None, token, "state", [])
     vllm_config = await handles["decode"].describe.remote(None, token)
     await prefill_is_up
-    placement = Placement(config.routing.policy(), CacheView(config.routing.index_blocks))
+    traces = vllm_config.observability_config.otlp_traces_endpoint = config.front_end.otlp_traces_endpoint
+    placement = Placement(config.routing.policy(), CacheView(config.routing.index_blocks), traced=bool(traces))
     cluster = Cluster(config.limits, placement, config.admission.policy())
     outstanding, move_s = cluster.ledger.outstanding, config.limits.grace.move_s
     cluster.fleet = Fleet(front_end, handles, token, cluster.on_outputs, cluster.on_lost, outstanding, move_s)

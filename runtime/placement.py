@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from runtime.cache_view import CacheView
 from runtime.metrics import PLANS, TTFT_OVER_PREDICTED
 from runtime.policy.routing import route
 from runtime.policy.types import Disaggregated, Plan, RequestView, RoutingSettings, Snapshot
+from runtime.tracing import plan_span
 from runtime.waiting_room import Look
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Decided:
     snapshot: Snapshot
     plan: Plan
     started: float  # as `at`, on the monotonic clock
+    trace_headers: Mapping[str, str] | None = None  # the client's, if it sent any
     first_token_s: float | None = None  # measured, from the decision
 
 
@@ -50,11 +53,13 @@ class Placement:
 
     Args:
         cache: who holds which blocks.
+        traced: whether a span is made of each plan.
     """
 
-    def __init__(self, routing: RoutingSettings, cache: CacheView) -> None:
+    def __init__(self, routing: RoutingSettings, cache: CacheView, *, traced: bool = False) -> None:
         self.routing = routing
         self.cache = cache
+        self._traced = traced
         self._turn = 0
         self._decided: OrderedDict[str, Decided] = OrderedDict()  # by internal request id, the newest last
 
@@ -78,7 +83,7 @@ class Placement:
         engines = [plan.prefill, plan.decode] if isinstance(plan, Disaggregated) else [plan.decode]
         self.cache.predict(engines, keys, time.monotonic())
         self._keep(Decided(view.request_id, request.external_req_id or "", time.time(), kept, snapshot, plan,
-                           time.monotonic()))  # fmt: skip
+                           time.monotonic(), request.trace_headers))  # fmt: skip
         PLANS.labels(plan=type(plan).__name__.lower(), reason=plan.reason).inc()
 
     def first_token(self, request_id: str) -> None:
@@ -91,6 +96,8 @@ class Placement:
         if predicted is not None and predicted.measured and predicted.ttft_s > 0:
             TTFT_OVER_PREDICTED.observe(decided.first_token_s / predicted.ttft_s)
         logger.info("%s", line(decided))
+        if self._traced:
+            plan_span(decided.at, decided.first_token_s, decided.trace_headers, facts(decided))
 
     def find(self, request_id: str) -> Decided | None:
         """The newest decision on a request: by its internal id, the response's id or the client's `X-Request-Id`."""
@@ -119,16 +126,31 @@ class Placement:
             self._decided.popitem(last=False)
 
 
+def facts(decided: Decided) -> dict[str, str | int | float]:
+    """A decision, what it predicted, and what came of it so far."""
+    plan, predicted = decided.plan, decided.plan.predicted
+    told: dict[str, str | int | float] = {
+        "request": decided.request_id,
+        "plan": type(plan).__name__.lower(),
+        "reason": plan.reason,
+        "prefill": plan.prefill if isinstance(plan, Disaggregated) else "-",
+        "decode": plan.decode,
+        "prompt_tokens": decided.view.prompt_tokens,
+    }
+    if predicted is not None:
+        told |= {
+            "uncached_tokens": predicted.uncached_tokens,
+            "pulled_tokens": predicted.pulled_tokens,
+            "predicted_ttft_s": predicted.ttft_s,
+            "predicted_itl_s": predicted.itl_s,
+            "predicted_gap_s": predicted.gap_s,
+        }
+    if decided.first_token_s is not None:
+        told["ttft_s"] = decided.first_token_s
+    return told
+
+
 def line(decided: Decided) -> str:
     """A decision as one line of `name=value`."""
-    plan, predicted = decided.plan, decided.plan.predicted
-    prefill = plan.prefill if isinstance(plan, Disaggregated) else "-"
-    fields = [f"request={decided.request_id}", f"plan={type(plan).__name__.lower()}", f"reason={plan.reason}",
-              f"prefill={prefill}", f"decode={plan.decode}", f"prompt_tokens={decided.view.prompt_tokens}"]  # fmt: skip
-    if predicted is not None:
-        fields += [f"uncached_tokens={predicted.uncached_tokens}", f"pulled_tokens={predicted.pulled_tokens}",
-                   f"predicted_ttft_s={predicted.ttft_s:.4f}", f"predicted_itl_s={predicted.itl_s:.4f}",
-                   f"predicted_gap_s={predicted.gap_s:.4f}"]  # fmt: skip
-    if decided.first_token_s is not None:
-        fields.append(f"ttft_s={decided.first_token_s:.4f}")
-    return " ".join(fields)
+    told = facts(decided).items()
+    return " ".join(f"{name}={value:.4f}" if isinstance(value, float) else f"{name}={value}" for name, value in told)
