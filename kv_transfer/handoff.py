@@ -60,6 +60,11 @@ class Handoff:
         return sum(len(group) for group in self.params["remote_block_ids"] or ())
 
     @property
+    def tokens(self) -> int:
+        """Prompt tokens that wait to be pulled; 0 where the connector does not say."""
+        return int(self.params.get("remote_num_tokens") or 0)
+
+    @property
     def cached_tokens(self) -> int | None:
         """Prompt tokens that the prefill engine had in its prefix cache, where it says so."""
         value = self.params.get("remote_prefill_cached_tokens")

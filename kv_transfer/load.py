@@ -29,6 +29,12 @@ COARSE_BLOCKS = 64
 COARSE_COST = 1.05
 """Costs are rounded to powers of this."""
 
+NEEDED_TOKENS = "needed_tokens"
+"""What `Meter.needed_tokens` is called on its way to Ray Serve's controller."""
+
+HIT_HALF_LIFE_S = 300.0
+"""What the prefix cache spared counts half after this long, for how much its KV is needed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -72,6 +78,7 @@ class _Leg:
     """A leg in the engine."""
 
     tokens: int  # to be read, or fetched
+    prompt: int
     pulls: bool
     writes: bool
     begun_at: float
@@ -92,6 +99,7 @@ class Meter:
         self._legs: dict[str, _Leg] = {}
         self._read = 0  # prompt tokens read of legs whose reading has not ended
         self._free_blocks: int | None = None
+        self._hits = (0.0, 0.0)  # prompt tokens that were found in the cache, faded; and when that was worked out
 
     def took(self, request: EngineCoreRequest, tokens: int | None, now: float) -> None:
         """A leg was given to the engine.
@@ -106,6 +114,7 @@ class Meter:
         pulls = bool(kv.get("do_remote_prefill"))
         self._legs[request.request_id] = _Leg(
             tokens=prompt if tokens is None else max(0, min(tokens, prompt)),
+            prompt=prompt,
             pulls=pulls,
             writes=not kv.get("do_remote_decode"),
             begun_at=now,
@@ -125,6 +134,8 @@ class Meter:
             leg = self._legs.get(output.request_id)
             if leg is not None and not leg.begun:
                 self._begin(leg, output.prefill_stats.num_computed_tokens if output.prefill_stats else 0, now)
+                if output.prefill_stats is not None:
+                    self._hits = (self._faded(now) + output.prefill_stats.num_local_cached_tokens, now)
             if output.finished:
                 self.dropped(output.request_id)
 
@@ -148,6 +159,14 @@ class Meter:
             step=_coarse_cost(self.costs.step),
             pull=_coarse_cost(self.costs.pull),
         )
+
+    def needed_tokens(self, now: float) -> float:
+        """Tokens whose KV is needed here: prompts of the legs that are here, and what the cache spared lately."""
+        return sum(leg.prompt for leg in self._legs.values()) + self._faded(now)
+
+    def _faded(self, now: float) -> float:
+        hits, at = self._hits
+        return hits * 0.5 ** ((now - at) / HIT_HALF_LIFE_S)
 
     def _begin(self, leg: _Leg, computed: int, now: float) -> None:
         """The first output of a leg: its prompt is here, and one step was made with it."""

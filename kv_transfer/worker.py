@@ -23,7 +23,7 @@ from kv_transfer.engine import Engine, EngineDied, start_engine
 from kv_transfer.front_end import FrontEnd, NoStream, WrongApplication, WrongIncarnation
 from kv_transfer.gpu_memory import GpuMemory
 from kv_transfer.handoff import KV_PARAMS, Handoff, release_leg
-from kv_transfer.load import PERIOD_S, Meter, News
+from kv_transfer.load import NEEDED_TOKENS, PERIOD_S, Meter, News
 from kv_transfer.pull_watch import PullWatch
 from kv_transfer.self_measurement import measure
 from kv_transfer.serve_replica import prepare_replica
@@ -202,6 +202,12 @@ class EngineWorker:
     def record_replica_metadata(self) -> dict[str, Any]:
         """What Ray Serve tells every front end about this replica: the engine's facts."""
         return self.engine.facts.to_dict()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Ray Serve's hook: how much of the KV here is needed, for who leaves when the pool shrinks."""
+        handoffs = [params for peer in self._front_ends.values() for params in peer.handoffs.values()]
+        waiting = sum(Handoff.from_params(params).tokens for params in handoffs)
+        return {NEEDED_TOKENS: self._meter.needed_tokens(time.monotonic()) + waiting}
 
     def check_health(self) -> None:
         """Raise when the engine is dead, so that Ray Serve replaces this replica."""

@@ -33,6 +33,9 @@ STATUS_S = 5.0
 PUSH_S = 1.0
 """How often Ray Serve takes the answer to its controller."""
 
+NEED_S = 5.0
+"""How often it takes there how much of a worker's KV is needed."""
+
 
 class Scaler:
     """The replica: one brain for both pools."""
@@ -107,7 +110,7 @@ def scaler(config: Config, *, several: bool = False) -> Application | None:
         Scaler,
         name=SCALER,
         ray_actor_options={"num_cpus": 0.05},
-        autoscaling_config=_follow(least=1, start=1, most=1),
+        autoscaling_config=_follow(least=1, start=1, most=1, push_s=PUSH_S),
     )
     return deployment.bind(config.model_dump())
 
@@ -117,10 +120,10 @@ def replicas_of(config: Config, role: Role) -> dict[str, Any]:
     if config.scaling_policy() is None:
         return {"num_replicas": config.pool(role).replicas}
     bounds = config.bounds(role)
-    return {"autoscaling_config": _follow(bounds.least, config.pool(role).replicas, bounds.most)}
+    return {"autoscaling_config": _follow(bounds.least, config.pool(role).replicas, bounds.most, NEED_S)}
 
 
-def _follow(least: int, start: int, most: int) -> AutoscalingConfig:
+def _follow(least: int, start: int, most: int, push_s: float) -> AutoscalingConfig:
     """Serve's autoscaling without any judgement of its own."""
     return AutoscalingConfig(
         min_replicas=least,
@@ -128,7 +131,7 @@ def _follow(least: int, start: int, most: int) -> AutoscalingConfig:
         max_replicas=most,
         upscale_delay_s=0,
         downscale_delay_s=0,
-        metrics_interval_s=PUSH_S,
-        look_back_period_s=10 * PUSH_S,
+        metrics_interval_s=push_s,
+        look_back_period_s=10 * push_s,
         policy=AutoscalingPolicy(policy_function=FOLLOWER),
     )

@@ -13,7 +13,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
 
-from runtime import scaling_board
+from kv_transfer.load import NEEDED_TOKENS
+from runtime import departures, scaling_board
 from runtime.brain import Brain
 from runtime.cli import main
 from runtime.client_view import BOUNDS_S, ClientView, Totals
@@ -142,6 +143,7 @@ class Context:
 def test_ray_serve_follows_the_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both pools take the last answer; without a fresh one they stay as they are."""
     monkeypatch.setattr(scaling_board, "_answers", {})
+    monkeypatch.setattr(departures, "post", lambda *told: None)
     assert follow(Context("decode"))[0] == 2
     series = {"prefill": {"r": [Point(990.0, 3.0), Point(999.0, 5.0)]}, "decode": {"r": [Point(999.0, 0.0)]}}
     assert follow(Context("scaler", raw_metrics=series)) == (1, {})
@@ -149,6 +151,16 @@ def test_ray_serve_follows_the_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert follow(Context("decode"))[0] == 0
     assert follow(Context("decode", app_name="other"))[0] == 2
     assert follow(Context("decode", current_time=1100.0))[0] == 2
+
+
+def test_ray_serve_is_told_whose_kv_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last figure of each replica of a pool, and none that is old."""
+    posted: dict[tuple[str, str], Any] = {}
+    monkeypatch.setattr(departures, "post", lambda app, pool, needed: posted.update({(app, pool): needed}))
+    series = {NEEDED_TOKENS: {"a": [Point(990.0, 7.0), Point(995.0, 9.0)], "b": [Point(900.0, 7.0)], "c": []}}
+    follow(Context("decode", raw_metrics=series))
+    follow(Context("prefill"))
+    assert posted == {("app", "decode"): {"a": 9.0}, ("app", "prefill"): {}}
 
 
 def _status() -> FleetStatus:

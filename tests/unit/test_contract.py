@@ -121,3 +121,13 @@ def test_where_serve_opens_a_replicas_server() -> None:
     from ray.serve._private import replica
 
     assert "add_port_to_grpc_server(self._server" in inspect.getsource(replica)
+
+
+def test_who_chooses_the_replicas_that_leave() -> None:
+    """Serve's scheduler asks itself by this name, which `runtime.departures` replaces, and knows who runs."""
+    from ray.serve._private.deployment_scheduler import DeploymentScheduler
+
+    method = DeploymentScheduler._get_replicas_to_stop
+    assert list(inspect.signature(method).parameters)[:3] == ["self", "deployment_id", "max_num_to_stop"]
+    assert "self._get_replicas_to_stop(" in inspect.getsource(DeploymentScheduler.schedule)
+    assert "self._running_replicas[deployment_id]" in inspect.getsource(method)

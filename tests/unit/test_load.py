@@ -14,7 +14,7 @@ from vllm.v1.metrics.stats import PrefillStats, SchedulerIterationDetails, Sched
 from kv_transfer.costs import Cost
 from kv_transfer.engine import EngineFacts
 from kv_transfer.handoff import KV_PARAMS, REMOTE_DECODE
-from kv_transfer.load import COARSE_TOKENS, Load, Meter, News
+from kv_transfer.load import COARSE_TOKENS, HIT_HALF_LIFE_S, Load, Meter, News
 from runtime.account import Account, Charge, charges
 from runtime.policy.types import Disaggregated, Local, Plan, Predicted
 
@@ -61,6 +61,23 @@ def test_a_prompt_is_queued_until_it_is_read() -> None:
     assert meter.load().free_blocks == 750
     meter.dropped("a")
     assert meter.load().streams == 1
+
+
+def test_kv_is_needed_by_legs_and_by_hits() -> None:
+    """Prompts that are here, and what the cache spared, which fades: a worker that spared nothing is missed least."""
+    meter = Meter(BLOCKS)
+    assert meter.needed_tokens(0.0) == 0
+    meter.took(leg("a", 3200), 1600, 0.0)
+    assert meter.needed_tokens(1.0) == 3200
+    stats = PrefillStats()
+    stats.set(3200, 1600, 0)
+    meter.stepped(step(EngineCoreOutput("a", [5], prefill_stats=stats), read=1600), 10.0)
+    assert meter.needed_tokens(10.0) == 3200 + 1600
+    meter.dropped("a")
+    assert meter.needed_tokens(10.0 + HIT_HALF_LIFE_S) == pytest.approx(800)
+    meter.took(leg("b", 320), None, 400.0)
+    meter.stepped(step(first("b", 320, finished=True), read=320), 410.0)
+    assert meter.needed_tokens(410.0) < 800, "what had to be read was needed of nobody"
 
 
 def test_a_prefill_leg_is_no_stream_and_a_pull_is_not_read() -> None:
