@@ -30,7 +30,7 @@ def _gpu_settings(**kubernetes: Any) -> dict[str, Any]:
         for role in ("prefill", "decode")
     }
     return {
-        "engine_args": {"dtype": "bfloat16", "gpu_memory_utilization": 0.9, "tensor_parallel_size": 2},
+        "engine_args": {"dtype": "bfloat16", "gpu_memory_utilization": 0.85, "tensor_parallel_size": 2},
         "prefill": {"num_gpus": 2, "num_cpus": 1},
         "decode": {"num_gpus": 2, "num_cpus": 1},
         "transport": {"ucx_tls": "cuda_copy,cuda_ipc,rc,self,sm,tcp"},

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from kserve_adapter.manifest.presets import PRESETS
 from runtime.metric_reference import families
 from runtime.policy.scaling_records import REASONS
 from scripts.prometheus_rule import SOURCE, prometheus_rule
@@ -65,6 +66,15 @@ def test_rules_name_metrics_that_exist() -> None:
     assert series <= _exposed()
     reasons = {one for found in re.findall(r'reason=~?"([^"]+)"', exprs) for one in found.split("|")}
     assert reasons <= set(REASONS)
+
+
+def test_gpu_settings_keep_below_the_alert() -> None:
+    """What vLLM takes at the start leaves room below the limit, or a healthy worker would alert."""
+    (limit,) = [rule["expr"].rpartition("> ")[2] for rule in RULES if rule["alert"] == "BatonGpuMemoryHigh"]
+    shipped = [*PRESETS.values(), *(yaml.safe_load(file.read_text()) for file in (ROOT / "deploy/config").iterdir())]
+    on_gpus = [settings for settings in shipped if settings.get("decode", {}).get("num_gpus")]
+    assert len(on_gpus) > 1
+    assert all(settings["engine_args"]["gpu_memory_utilization"] <= float(limit) - 0.05 for settings in on_gpus)
 
 
 def test_the_prometheus_rule_is_up_to_date() -> None:
