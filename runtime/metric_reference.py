@@ -68,7 +68,7 @@ ADVICE: dict[str, tuple[str, str]] = {
     "baton_recoveries": ("requests", "Workers die or pulls fail: see `baton_workers_lost` and the workers' logs."),
     "baton_refusals": (
         "requests",
-        "Too little capacity for `overloaded` and `no_worker`; the others are the clients'.",
+        "Too little capacity for `overloaded`, `deadline` and `no_workers`; the others are the clients'.",
     ),
     "baton_request_seconds": ("seconds", "Long answers, or one of the two latencies."),
     "baton_requests": ("requests", "`failed`: see the front end's log. `refused`: too little capacity."),
@@ -160,6 +160,12 @@ def families() -> dict[str, Family]:
         if family.name.startswith("baton_"):
             _add(found, family.name, family.type, family.documentation, family._labelnames)  # type: ignore[attr-defined]
     return dict(sorted(found.items()))
+
+
+def series_of(name: str, kind: str) -> set[str]:
+    """The names under which a family is exposed. Counters are named without `_total`."""
+    suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(kind, [""])
+    return {name + suffix for suffix in suffixes}
 
 
 def _add(found: dict[str, Family], name: str, kind: str, text: str, labels: Any) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from kv_transfer.handoff import InvalidHandoff
+from runtime.errors import STATUS, LegFailed, PullFailed, WorkerDrained, WorkerLost
+from runtime.policy.admission import CLASSES
+
 PLANS = Counter("baton_plans_total", "Requests by the plan they were given and why.", ["plan", "reason"])
 WORKERS_LOST = Counter(
     "baton_workers_lost_total", "Workers that were lost without having been asked to leave, by pool.", ["pool"]
@@ -36,5 +40,15 @@ SET_ASIDE = Counter(
     "baton_workers_set_aside_total", "Workers that failed in a row and got no traffic until a probe worked.", ["role"]
 )
 
+# A counter that begins with its first event hides it from `increase`: they are all there from the start.
 for _pool in ("prefill", "decode"):
-    WORKERS_LOST.labels(pool=_pool)  # a counter that begins with its first event hides it from `increase`
+    WORKERS_LOST.labels(pool=_pool)
+    SET_ASIDE.labels(role=_pool)
+for _reason in STATUS:
+    REFUSALS.labels(reason=_reason)
+for _fault in (WorkerLost, WorkerDrained, LegFailed, PullFailed, InvalidHandoff):
+    RECOVERIES.labels(kind="retried", fault=_fault.__name__)
+    RECOVERIES.labels(kind="resumed", fault=_fault.__name__)
+for _priority in CLASSES:
+    WAITING_REQUESTS.labels(_priority)
+    WAITING_TOKENS.labels(_priority)

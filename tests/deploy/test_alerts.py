@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from kserve_adapter.manifest.guards import CARRIED
+from kserve_adapter.manifest.pools import DESIRED, QUEUE
 from kserve_adapter.manifest.presets import PRESETS
-from runtime.metric_reference import families
+from kserve_adapter.manifest.serving import RUNNING
+from runtime.metric_reference import VLLM, families, series_of
 from runtime.policy.scaling_records import REASONS
 from scripts.prometheus_rule import SOURCE, prometheus_rule
 
@@ -20,6 +23,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RULES = [rule for group in yaml.safe_load(SOURCE.read_text())["groups"] for rule in group["rules"]]
 CASES: list[dict[str, Any]] = yaml.safe_load((HERE / "alerts.test.yaml").read_text())["tests"]
+
+CARRIED_LABELS = {label.replace("-", "_") for label in CARRIED}
 
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="needs promtool (Debian's package prometheus)"
@@ -49,23 +54,37 @@ def test_every_alert_has_its_cases_and_its_runbook(alert: str) -> None:
     assert f"\n#### {alert}\n" in (ROOT / "docs/operations.md").read_text()
 
 
-def _exposed() -> set[str]:
-    """The names of all series that Baton exposes."""
-    names: set[str] = set()
-    for name, family in families().items():
-        suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.kind, [""])
-        names.update(name + suffix for suffix in suffixes)
-    return names
+EXPOSED = {series for name, family in families().items() for series in series_of(name, family.kind)}
+"""The names of all series that Baton exposes."""
 
 
 def test_rules_name_metrics_that_exist() -> None:
     """A metric or a reason that is renamed in the code has to be renamed here."""
     exprs = "\n".join(rule["expr"] for rule in RULES)
-    assert set(re.findall(r"\bbaton_\w+", exprs)) <= _exposed()
+    assert set(re.findall(r"\bbaton_\w+", exprs)) <= EXPOSED
     series = {entry["series"].partition("{")[0] for case in CASES for entry in case["input_series"]}
-    assert series <= _exposed()
+    assert series <= EXPOSED
     reasons = {one for found in re.findall(r'reason=~?"([^"]+)"', exprs) for one in found.split("|")}
     assert reasons <= set(REASONS)
+
+
+def test_autoscalers_ask_for_metrics_that_exist() -> None:
+    """As above: what KEDA scales the pools and the front ends by."""
+    assert {DESIRED, QUEUE} <= EXPOSED
+    assert RUNNING in VLLM
+
+
+PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "metrics.md")
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: str(page.name))
+def test_pages_name_metrics_that_exist(page: Path) -> None:
+    """As above; with or without `_total`, or the beginning of several with `*` or `{` behind it."""
+    known = EXPOSED | set(families())
+    for name, several in re.findall(r"\b(baton_[a-z_]+)([*{]?)", page.read_text()):
+        label = several == "{" and name in known
+        found = any(one.startswith(name) for one in known) if several and not label else name in known
+        assert found or name in CARRIED_LABELS, f"{page.name}: {name}"
 
 
 def test_gpu_settings_keep_below_the_alert() -> None:

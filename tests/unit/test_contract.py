@@ -24,7 +24,10 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 
+from kserve_adapter.canary import prometheus
+from kserve_adapter.manifest.serving import RUNNING
 from runtime.cluster import Cluster
+from runtime.metric_reference import VLLM
 
 
 def test_versions() -> None:
@@ -131,3 +134,16 @@ def test_who_chooses_the_replicas_that_leave() -> None:
     assert list(inspect.signature(method).parameters)[:3] == ["self", "deployment_id", "max_num_to_stop"]
     assert "self._get_replicas_to_stop(" in inspect.getsource(DeploymentScheduler.schedule)
     assert "self._running_replicas[deployment_id]" in inspect.getsource(method)
+
+
+def test_vllms_metrics_are_called_so() -> None:
+    """Those that docs/metrics.md describes, that autoscalers ask for, and that canaries are judged by."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import stats
+    from vllm.v1.metrics import loggers
+
+    texts = "".join(inspect.getsource(module) for module in (stats, loggers))
+    judged = {
+        f"vllm:{name.removesuffix('_total').removesuffix('_bucket').removesuffix('_sum')}"
+        for name in (prometheus.FINISHED, prometheus.TTFT, prometheus.ITL, prometheus.TOKENS, prometheus.DECODE_S)
+    }
+    assert not {name for name in {*VLLM, *judged, RUNNING} if f'"{name}"' not in texts}
