@@ -1,9 +1,11 @@
-"""Pools that follow the load: a step to ten times as much and back, on real Ray with simulated engines.
+"""Pools that follow the load, on real Ray with simulated engines.
 
-    python -m benchmarks.elastic --out docs/elastic.png
+    python -m benchmarks.elastic --traffic step --out docs/elastic-step.png
+    python -m benchmarks.elastic --traffic ratio --out docs/elastic-ratio.png
 
-Open loop: requests come at their times whatever becomes of the ones before. Simulated engines are slow on purpose, so
-that a few requests a second fill them and the machine does not matter.
+`step`: ten times as many requests and back. `ratio`: long prompts with short answers, then the reverse. Open loop:
+requests come at their times whatever becomes of the ones before. Simulated engines are slow on purpose, so that a few
+requests a second fill them and the machine does not matter.
 """
 
 from __future__ import annotations
@@ -70,32 +72,51 @@ class Phase(NamedTuple):
     seconds: float
     per_s: float
     until: Callable[[Run], bool] = never
+    prompt_tokens: int = PROMPT_TOKENS
+    answer_tokens: int = ANSWER_TOKENS
+
+
+LONG_PROMPTS, LONG_ANSWERS = (3000, 4), (100, 300)
+"""Tokens of a prompt and of its answer, for traffic that is work for one pool above all."""
+
+
+def traffic(kind: str, low_per_s: float, seconds: tuple[float, float, float]) -> list[Phase]:
+    """The phases of a run."""
+    if kind == "step":
+        rates = (low_per_s, 10 * low_per_s, low_per_s)
+        return [Phase(*both) for both in zip(seconds, rates, strict=True)]
+    first, second, last = seconds
+    return [
+        Phase(first, 1.5, never, *LONG_PROMPTS),
+        Phase(second, 0.5, never, *LONG_ANSWERS),
+        Phase(last, low_per_s),
+    ]
 
 
 async def run(url: str, phases: list[Phase], seed: int = 1) -> Run:
     """Offer the load of each phase; wait for all answers."""
     seen, dice, started = Run(), random.Random(seed), time.monotonic()
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
-        rate = [0.0]
-        watch = asyncio.create_task(_watch(client, seen, started, rate))
+        now = [phases[0]]
+        watch = asyncio.create_task(_watch(client, seen, started, now))
         requests = []
-        for seconds, per_s, until in phases:
-            rate[0] = per_s
-            end = time.monotonic() + seconds
-            while (wait_s := dice.expovariate(per_s)) + time.monotonic() < end and not until(seen):
+        for phase in phases:
+            now[0] = phase
+            end = time.monotonic() + phase.seconds
+            while (wait_s := dice.expovariate(phase.per_s)) + time.monotonic() < end and not phase.until(seen):
                 await asyncio.sleep(wait_s)
-                requests.append(asyncio.create_task(_ask(client, seen, dice.randrange(1000, 20_000))))
-            await asyncio.sleep(0.0 if until(seen) else max(0.0, end - time.monotonic()))
+                requests.append(asyncio.create_task(_ask(client, seen, dice.randrange(1000, 20_000), phase)))
+            await asyncio.sleep(0.0 if phase.until(seen) else max(0.0, end - time.monotonic()))
         await asyncio.gather(*requests)
         watch.cancel()
     return seen
 
 
-async def _ask(client: httpx.AsyncClient, seen: Run, start: int) -> None:
+async def _ask(client: httpx.AsyncClient, seen: Run, start: int, phase: Phase) -> None:
     body = {
         "model": MODEL,
-        "prompt": list(range(start, start + PROMPT_TOKENS)),
-        "max_tokens": ANSWER_TOKENS,
+        "prompt": list(range(start, start + phase.prompt_tokens)),
+        "max_tokens": phase.answer_tokens,
         "stream": True,
     }
     asked, first, chunks, end = time.monotonic(), 0.0, 0, ""
@@ -119,10 +140,12 @@ async def _ask(client: httpx.AsyncClient, seen: Run, start: int) -> None:
     seen.ttft_s.append(first - asked)
 
 
-async def _watch(client: httpx.AsyncClient, seen: Run, started: float, rate: list[float]) -> None:
+async def _watch(client: httpx.AsyncClient, seen: Run, started: float, now: list[Phase]) -> None:
     while True:
         pools = (await client.get("/baton/fleet")).json()["pools"]
-        sample: dict[str, Any] = {"at_s": time.monotonic() - started, "rate": rate[0]}
+        phase = now[0]
+        sample: dict[str, Any] = {"at_s": time.monotonic() - started, "rate": phase.per_s}
+        sample |= {"read_s": phase.per_s * phase.prompt_tokens, "written_s": phase.per_s * phase.answer_tokens}
         for pool in POOLS if pools else ():
             load, answer = pools[pool]["load"], pools[pool]["answer"]
             sample[pool] = {
@@ -147,8 +170,11 @@ def plot(seen: Run, path: Path) -> None:
 
     times = [sample["at_s"] for sample in seen.samples]
     figure, (above, *below) = plt.subplots(3, 1, sharex=True, figsize=(9, 6), constrained_layout=True)
-    above.step(times, [sample["rate"] for sample in seen.samples], color="black", where="post")
-    above.set_ylabel("requests/s")
+    for name, label in (("read_s", "prompts"), ("written_s", "answers")):
+        above.step(times, [sample[name] for sample in seen.samples], where="post", label=label)
+    above.set_ylabel("offered tokens/s")
+    above.set_yscale("log")
+    above.legend(loc="upper right")
     for axis, pool in zip(below, POOLS, strict=True):
         axis.step(times, [s[pool]["desired"] for s in seen.samples], where="post", label="desired", linestyle="--")
         axis.step(times, [s[pool]["ready"] for s in seen.samples], where="post", label="ready")
@@ -162,16 +188,17 @@ def plot(seen: Run, path: Path) -> None:
 def main() -> None:
     """Run it all and say what came of it."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--traffic", choices=("step", "ratio"), default="step", help="how the load changes")
     parser.add_argument("--out", type=Path, default=Path("elastic.png"), help="the plot; its samples go beside it")
-    parser.add_argument("--low", type=float, default=0.4, help="requests a second before and after the step")
+    parser.add_argument("--low", type=float, default=0.4, help="requests a second where there is little load")
     parser.add_argument("--seconds", type=float, nargs=3, default=(40, 110, 150), help="of the three phases")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "settings.yaml"
         settings.write_text(yaml.safe_dump(SETTINGS))
         with baton_serve(settings) as server:
-            rates = (arguments.low, 10 * arguments.low, arguments.low)
-            seen = asyncio.run(run(server.url, [Phase(*both) for both in zip(arguments.seconds, rates, strict=True)]))
+            phases = traffic(arguments.traffic, arguments.low, arguments.seconds)
+            seen = asyncio.run(run(server.url, phases))
     plot(seen, arguments.out)
     arguments.out.with_suffix(".json").write_text(json.dumps(seen.samples))
     ttft = sorted(seen.ttft_s)

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.elastic import SETTINGS, Phase, Run, run
+from benchmarks.elastic import LONG_ANSWERS, LONG_PROMPTS, Phase, Run, run
 from runtime.metric_reference import VLLM, families
-from tests.conftest import Server, baton_serve, wait_for
+from tests.conftest import Server, wait_for
 
-ONLY_WITH_A_REASON = {
-    "baton_handoffs_released",
-    "baton_recoveries",
-    "baton_refusals",
-    "baton_workers_set_aside",
-    "baton_waiting_requests",
-    "baton_waiting_tokens",
-    "baton_gpu_memory_used_bytes",
-    "baton_gpu_memory_total_bytes",
-}
-"""Families that have no series before something goes wrong, or without a GPU."""
+WITH_A_GPU_ONLY = {"baton_gpu_memory_used_bytes", "baton_gpu_memory_total_bytes"}
 
 REAL_ENGINES_ONLY = ("vllm:nixl_", "vllm:num_requests_kv_fetch_by_stage")
 """What only a real engine's connector counts."""
@@ -35,15 +22,6 @@ GROWS_WITHIN_S = 300.0
 """The decision comes within seconds; a worker's start takes minutes on a machine that has much else to do."""
 
 SHRINKS_WITHIN_S = 180.0
-
-
-@pytest.fixture(scope="module")
-def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`baton serve` with slow simulated engines and pools of one to four."""
-    path: Path = tmp_path_factory.mktemp("elastic") / "settings.yaml"
-    path.write_text(yaml.safe_dump(SETTINGS))
-    with baton_serve(path) as server:
-        yield server
 
 
 def test_pools_follow_the_load(elastic: Server) -> None:
@@ -64,6 +42,37 @@ def test_pools_follow_the_load(elastic: Server) -> None:
     assert small(seen), [(s["at_s"], s["prefill"], s["decode"]) for s in seen.samples[::20]]
 
 
+@pytest.mark.timeout(1500)
+def test_the_ratio_follows_the_traffic(elastic: Server) -> None:
+    """Long prompts ask for prefill workers alone, long answers for decode workers alone; nothing is lost between."""
+
+    def wanted(so_far: Run, pool: str) -> bool:
+        """Several workers of this pool, and the least of the other one."""
+        last, other = so_far.samples[-1] if so_far.samples else {}, "decode" if pool == "prefill" else "prefill"
+        return bool(last) and last[pool]["desired"] >= 2 and last[other]["desired"] == 1
+
+    def prefill_heavy(so_far: Run) -> bool:
+        return wanted(so_far, "prefill")
+
+    def decode_heavy(so_far: Run) -> bool:
+        return wanted(so_far, "decode")
+
+    seen = asyncio.run(
+        run(
+            elastic.url,
+            [
+                Phase(GROWS_WITHIN_S, 1.5, prefill_heavy, *LONG_PROMPTS),
+                Phase(2 * SHRINKS_WITHIN_S, 0.5, decode_heavy, *LONG_ANSWERS),
+            ],
+        )
+    )
+    assert not seen.failed
+    long_prompts = [sample for sample in seen.samples if sample["read_s"] > sample["written_s"]]
+    assert any(wanted(Run([sample]), "prefill") for sample in long_prompts)
+    assert not any(wanted(Run([sample]), "decode") for sample in long_prompts)
+    assert any(wanted(Run([sample]), "decode") for sample in seen.samples[len(long_prompts) :])
+
+
 def test_every_documented_metric_is_scraped(elastic: Server) -> None:
     """One scrape of the front end has all families with data, and the desired replicas are what the fleet says."""
     asyncio.run(run(elastic.url, [Phase(3, 2.0)]))
@@ -71,7 +80,7 @@ def test_every_documented_metric_is_scraped(elastic: Server) -> None:
     assert wait_for(lambda: bool(pattern.search(elastic.client.get("/metrics").text)), 60)
     text = elastic.client.get("/metrics").text
     found = {family.name: family for family in text_string_to_metric_families(text)}
-    expected = set(families()) - ONLY_WITH_A_REASON
+    expected = set(families()) - WITH_A_GPU_ONLY
     assert not {name for name in expected if name not in found or not found[name].samples}
     assert not {name for name in VLLM if name not in found and not name.startswith(REAL_ENGINES_ONLY)}
     workers = {s.labels["worker"] for s in found["vllm:kv_cache_usage_perc"].samples}
