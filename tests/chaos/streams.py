@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from tests.conftest import MODEL
+from tests.conftest import MODEL, Server
 
 
 class Broken(Exception):
@@ -75,3 +75,30 @@ def leave(client: httpx.Client, prompt: Any, tokens: int, after_events: int) -> 
                 pass
     except httpx.HTTPError as error:
         raise Broken(repr(error)) from error
+
+
+MARGIN = 0.5
+"""Logprob by which the first choice must lead the second at every token: rounding in bfloat16 moves about 0.1."""
+
+CANDIDATES = [
+    ", ".join(str(number) for number in range(1, 60)) + ",",
+    ", ".join(str(number) for number in range(100, 320)) + ",",
+    " ".join(f"{number}" for number in range(1, 50)),
+    " ".join(f"{number}" for number in range(200, 330)),
+    "The cat sat on the mat. " * 40,
+]
+"""Texts that go on by themselves; some are longer than a block (128 tokens), some shorter."""
+
+
+def certain(server: Server, tokens: int) -> dict[str, str]:
+    """Prompts whose greedy continuation by a real engine is beyond doubt, and that continuation."""
+    found = {}
+    for prompt in CANDIDATES:
+        params: dict[str, Any] = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": 2}
+        choice = server.complete(prompt, **params)["choices"][0]
+        margins = [max(top.values()) - min(top.values()) for top in choice["logprobs"]["top_logprobs"]]
+        print(f"margin {min(margins):5.2f}: {prompt[:30]!r}")
+        if min(margins) >= MARGIN:
+            found[prompt] = choice["text"]
+    assert len(found) >= 3, "too few prompts whose continuation is certain"
+    return found

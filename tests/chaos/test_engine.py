@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.chaos.streams import body, leave, stream
+from tests.chaos.streams import body, certain, leave, stream
 from tests.conftest import ROOT, Server, baton_serve, wait_for
 from tests.fuzz.bodies import VALID, mutated
 from tests.pools import ROLES, Pools
@@ -27,17 +27,6 @@ KILLS = int(os.environ.get("BATON_CHAOS_KILLS", "10"))
 BODIES = int(os.environ.get("BATON_FUZZ_BODIES", "1000"))
 TOKENS = 64
 REPLACED_S = 400.0
-MARGIN = 0.5
-"""Logprob by which the first choice must lead the second at every token: rounding in bfloat16 moves about 0.1."""
-
-CANDIDATES = [
-    ", ".join(str(number) for number in range(1, 60)) + ",",
-    ", ".join(str(number) for number in range(100, 320)) + ",",
-    " ".join(f"{number}" for number in range(1, 50)),
-    " ".join(f"{number}" for number in range(200, 330)),
-    "The cat sat on the mat. " * 40,
-]
-"""Texts that go on by themselves; some are longer than a block (128 tokens), some shorter."""
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +47,7 @@ def pools(server: Server) -> Iterator[Pools]:
 @pytest.fixture(scope="module")
 def expected(server: Server) -> dict[str, str]:
     """Prompts whose greedy continuation is beyond doubt, and that continuation."""
-    certain = {}
-    for prompt in CANDIDATES:
-        params: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": 2}
-        choice = server.complete(prompt, **params)["choices"][0]
-        margins = [max(top.values()) - min(top.values()) for top in choice["logprobs"]["top_logprobs"]]
-        print(f"margin {min(margins):5.2f}: {prompt[:30]!r}")
-        if min(margins) >= MARGIN:
-            certain[prompt] = choice["text"]
-    assert len(certain) >= 3, "too few prompts whose continuation is certain"
-    return certain
+    return certain(server, TOKENS)
 
 
 def live_streams(server: Server, expected: dict[str, str], chance: random.Random, at: int) -> tuple[Any, ...]:
