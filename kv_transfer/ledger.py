@@ -25,8 +25,11 @@ SETTLED_SECONDS = Histogram(
     ["end"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
+# A counter that begins with its first event hides it from `increase`: they are all there from the start.
 for _reason in ("lost", "abandoned"):
-    RELEASED.labels(reason=_reason)  # a counter that begins with its first event hides it from `increase`
+    RELEASED.labels(reason=_reason)
+for _end in ("pulled", "released", "entrusted", "died"):
+    SETTLED_SECONDS.labels(end=_end)
 
 
 ABORT_S = 60.0

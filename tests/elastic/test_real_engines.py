@@ -74,8 +74,10 @@ class Load:
 
 
 def decode(server: Server) -> dict[str, int]:
-    """How many decode workers there are, by their state, and should be."""
-    pool = server.client.get("/baton/fleet").json()["pools"]["decode"]
+    """How many decode workers there are, by their state, and should be; nothing before anybody has decided."""
+    pool = server.client.get("/baton/fleet").json()["pools"].get("decode")
+    if pool is None:
+        return {}
     load = {name: int(pool["load"][name]) for name in ("ready", "starting", "draining")}
     return {**load, "desired": int(pool["answer"]["workers"])}
 
