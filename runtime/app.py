@@ -74,7 +74,9 @@ def build_pools(args: dict[str, str]) -> Application:
 def pools_application(config: Config) -> Application:
     """Both pools and the scaler as one Serve application, for front ends that live outside of it."""
     pools = {role: _pool(config, role) for role in ROLES}
-    revision = serve.deployment(Revision, name="revision", num_replicas=1, ray_actor_options={"num_cpus": 0})
+    # It needs nothing, and what needs nothing Ray puts on any node, those of predictors too, which come and go.
+    on_head = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+    revision = serve.deployment(Revision, name="revision", num_replicas=1, ray_actor_options=on_head)
     return revision.bind(scaler=scaler(config, several=True), **pools)
 
 

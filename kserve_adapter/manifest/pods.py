@@ -10,6 +10,8 @@ Object = dict[str, Any]
 """A Kubernetes object, or part of one, as its API has it."""
 
 HTTP_PORT, GRPC_PORT, RAY_METRICS_PORT, GCS_PORT, DASHBOARD_PORT = 8080, 8081, 8090, 6379, 8265
+RAY_AGENT_PORT = 52365
+"""Ray's own default; every node's agent tells its health there (`/api/healthz`)."""
 
 SETTINGS_PATH = "/etc/baton"
 MODEL_DIR = "/mnt/models"
@@ -45,6 +47,19 @@ def labels(settings: KubernetesSettings, revision: str, part: str) -> dict[str, 
 def pre_stop() -> Object:
     """Keep serving until what sends traffic has heard that this pod goes."""
     return {"preStop": {"exec": {"command": ["sleep", str(PRE_STOP_S)]}}}
+
+
+def ray_probes() -> Object:
+    """Probes of a Ray node: its agent says whether the node, and on the head the cluster, lives.
+
+    KubeRay would put in some of its own. To a RayService's workers these ask for Serve's proxy, which Baton has none
+    of, so that no worker would ever be ready; older ones need `wget` in the image; a Deployment gets none at all.
+    """
+    alive = {"httpGet": {"path": "/api/healthz", "port": RAY_AGENT_PORT}, "periodSeconds": 5, "timeoutSeconds": 5}
+    return {
+        "readinessProbe": {**alive, "initialDelaySeconds": 10, "failureThreshold": 10},
+        "livenessProbe": {**alive, "initialDelaySeconds": 30, "failureThreshold": 120},
+    }
 
 
 def scratch(*, shm: str = "2Gi") -> tuple[list[Object], list[Object]]:
@@ -130,6 +145,7 @@ def worker_pod(
         "resources": resources(pods.cpu, pods.memory, extended),
         "securityContext": security,
         "lifecycle": pre_stop(),
+        **ray_probes(),
         "volumeMounts": [*mounts, *model_mounts],
     }
     if command:

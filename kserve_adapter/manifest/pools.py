@@ -14,6 +14,7 @@ from kserve_adapter.manifest.pods import (
     environment,
     labels,
     pre_stop,
+    ray_probes,
     resources,
     scratch,
     settings_volume,
@@ -67,6 +68,7 @@ def _head(settings: KubernetesSettings, revision: str, settings_map: str) -> Obj
         "resources": resources("2", "8Gi"),
         "securityContext": CONTAINER_SECURITY,
         "lifecycle": pre_stop(),
+        **ray_probes(),
         "volumeMounts": [*mounts, *more_mounts],
     }
     spec = {

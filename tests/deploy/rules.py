@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from kserve_adapter.manifest.guards import CARRIED
+from kserve_adapter.manifest.pods import RAY_AGENT_PORT
 from kserve_adapter.manifest.pools import DESIRED, QUEUE
 from kserve_adapter.manifest.serving import RUNNING
 from kserve_adapter.manifest.settings import MARGIN_S, PRE_STOP_S
@@ -117,6 +118,17 @@ def probes_tell_the_truth(objects: Objects) -> Iterator[str]:
         served = [int(arg.split("=")[1]) for arg in container["args"] if arg.startswith("--http_port=")]
         if ports != served or container["readinessProbe"]["httpGet"]["port"] not in ports:
             yield f"{item['kind']}: probe, port and argument disagree"
+
+
+def ray_nodes_tell_their_health(objects: Objects) -> Iterator[str]:
+    """Every Ray node is asked itself, a RayService's workers too: KubeRay would ask them for a proxy."""
+    for name, spec, labels in pod_templates(objects):
+        if labels["baton-part"] == "predictor":
+            continue
+        for probe in ("readinessProbe", "livenessProbe"):
+            asked = spec["containers"][0].get(probe, {}).get("httpGet")
+            if asked != {"path": "/api/healthz", "port": RAY_AGENT_PORT}:
+                yield f"{name}: its {probe} does not ask Ray's agent"
 
 
 def runtimes_are_found(objects: Objects) -> Iterator[str]:
@@ -320,6 +332,7 @@ RULES: tuple[Rule, ...] = (
     mounts_have_volumes,
     grace_periods_agree,
     probes_tell_the_truth,
+    ray_nodes_tell_their_health,
     runtimes_are_found,
     selectors_match,
     every_pod_is_closed,

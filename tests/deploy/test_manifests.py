@@ -149,6 +149,18 @@ RULE_MUTATIONS = {
         "standard-kuberay",
         put("ServingRuntime", f"{RUNTIME}.livenessProbe.httpGet.path", "/v2/models/{{.Name}}/ready"),
     ),
+    "a worker without a probe": (
+        "standard-rayservice",
+        put("RayService", "spec.rayClusterConfig.workerGroupSpecs.0.template.spec.containers.0.readinessProbe", None),
+    ),
+    "a head that is asked elsewhere": (
+        "standard-kuberay",
+        put("RayCluster", "spec.headGroupSpec.template.spec.containers.0.livenessProbe.httpGet.port", 8265),
+    ),
+    "a Deployment without a probe": (
+        "standard-keda",
+        put("Deployment", "spec.template.spec.containers.0.livenessProbe", None),
+    ),
     "another port": ("standard-kuberay", put("ServingRuntime", f"{RUNTIME}.ports.0.containerPort", 9000)),
     "another container": ("standard-kuberay", put("ServingRuntime", f"{RUNTIME}.name", "server")),
     "another format": ("standard-kuberay", put("InferenceService", "spec.predictor.model.modelFormat.name", "onnx")),
