@@ -105,13 +105,28 @@ def stages() -> dict[str, list[str]]:
     return found
 
 
+PACKAGES = {"runtime", "prefill", "decode", "kv_transfer", "kserve_adapter"}
+
+
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
 def test_the_images(target: str) -> None:
-    """Both targets copy what exists and all five packages, and end as the user that the manifests run."""
+    """Both targets get all five packages, are told nothing twice, and end as the user that the manifests run."""
     lines = stages()[target]
-    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
-    assert all((ROOT / path).exists() for path in copied)
-    packages = {"runtime", "prefill", "decode", "kv_transfer", "kserve_adapter"}
-    assert packages <= {Path(path).name for path in copied}
+    assert [line for line in lines if line.startswith("COPY --from=")] == ["COPY --from=source / ./"]
+    assert {Path(path).name for path in copied(stages()["source"])} >= PACKAGES
+    assert not set(copied(stages()["source"])) & set(copied(lines))
     assert [line for line in lines if line.startswith("USER ")][-1] == "USER 1000:1000"
     assert "--uid 1000" in " ".join(stages()["base"])
+
+
+def copied(lines: list[str]) -> list[str]:
+    """What a stage copies from the checkout."""
+    return [word for line in lines if re.match(r"COPY (?!--from)", line) for word in line.split()[1:-1]]
+
+
+def test_what_the_images_copy_is_sent_to_the_builder() -> None:
+    """It exists, and the list of what is left out leaves it in."""
+    paths = [path for lines in stages().values() for path in copied(lines)]
+    assert all((ROOT / path).exists() for path in paths)
+    sent = re.findall(r"^!(\S+)$", (ROOT / "deploy/Dockerfile.dockerignore").read_text(), re.MULTILINE)
+    assert {path.split("/")[0] for path in paths} == set(sent)
