@@ -108,11 +108,13 @@ class Keeper:
         while not self._members.expired(time.monotonic()):  # noqa: ASYNC110  # silence is no event
             await asyncio.sleep(0.5)
         self._closing = True
-        if self._owns:
-            logger.info("no predictor is left: %s is removed", self._config.name)
-            await asyncio.to_thread(serve.delete, self._config.name)
-        # Not `exit_actor`, which only works inside an actor's call; not an exit of the process, which is restarted.
-        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+        try:
+            if self._owns:
+                logger.info("no predictor is left: %s is removed", self._config.name)
+                await asyncio.to_thread(serve.delete, self._config.name)
+        finally:  # or whoever comes next would wait for ever
+            # Not `exit_actor`, which only works inside an actor's call; not an exit of the process: it is restarted.
+            ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
 def pool_settings(config: Config) -> dict[str, Any]:

@@ -29,17 +29,20 @@ class RayNode:
     Args:
         address: `HOST:PORT` of the cluster's head.
         timeout_s: how long the head may take to appear; it may be starting beside this predictor.
+        given_up: set when nobody waits for the node any more.
 
     Raises:
-        StartFailed: when the cluster can't be joined in that time.
+        StartFailed: when the cluster can't be joined in that time, or it was given up.
     """
 
-    def __init__(self, address: str, timeout_s: float = 300.0) -> None:
+    def __init__(self, address: str, timeout_s: float = 300.0, given_up: threading.Event | None = None) -> None:
+        self._given_up = given_up or threading.Event()
         deadline = time.monotonic() + timeout_s
         while not self._start(address, deadline):
             if time.monotonic() > deadline:
                 raise StartFailed(f"no Ray cluster at {address} for {timeout_s:g} s: {' / '.join(self._told)}")
-            time.sleep(PAUSE_S)
+            if self._given_up.wait(PAUSE_S):
+                raise StartFailed(f"stopped before there was a Ray cluster at {address}")
 
     def _start(self, address: str, deadline: float) -> bool:
         self._told: deque[str] = deque(maxlen=5)
@@ -57,7 +60,10 @@ class RayNode:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._settled.wait(max(PAUSE_S, deadline - time.monotonic()))  # it gives up by itself where nobody answers
+        deadline = max(time.monotonic() + PAUSE_S, deadline)
+        while not self._settled.wait(0.2):  # it gives up by itself where nobody answers
+            if self._given_up.is_set() or time.monotonic() > deadline:
+                break
         if not self._up:
             self.stop()
         return self._up

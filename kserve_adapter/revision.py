@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import re
+import threading
 import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ logger = logging.getLogger("baton.revision")
 T = TypeVar("T")
 
 POLL_S = 0.5
+GOODBYE_S = 5.0
 
 
 def revision_name(config: Config) -> str:
@@ -61,7 +63,8 @@ class Revision:
         self._owned = False
         self._keeper: Any = None
         self._node: RayNode | None = None
-        self._opening: asyncio.Task[None] | None = None
+        self._given_up = threading.Event()
+        self._in_thread: asyncio.Future[Any] | None = None
         self._heart: asyncio.Task[None] | None = None
 
     async def open(self) -> dict[str, DeploymentHandle]:
@@ -70,9 +73,19 @@ class Revision:
         Raises:
             StartFailed: no cluster, or an application of this name with other settings.
         """
-        self._opening = asyncio.ensure_future(self._open())
-        await asyncio.shield(self._opening)
+        await self._uncancelled(self._join_cluster)
+        self._joined()
+        if self._address is None:
+            await self._uncancelled(keeper.deploy_once, self.config, False)
+        else:
+            await self._join()
+            self._heart = asyncio.get_running_loop().create_task(self._beat())
         return await self.unless_it_fails(self._handles())
+
+    async def _uncancelled(self, work: Callable[..., object], *args: Any) -> None:
+        """Work in a thread, which can't be cancelled: `close` waits for it where this is."""
+        self._in_thread = asyncio.ensure_future(asyncio.to_thread(work, *args))
+        await asyncio.shield(self._in_thread)
 
     async def _handles(self) -> dict[str, DeploymentHandle]:
         """The deployments appear some time after their application."""
@@ -80,15 +93,6 @@ class Revision:
             with contextlib.suppress(KeyError):
                 return {role: serve.get_deployment_handle(role, self.config.name) for role in (*ROLES, SCALER)}
             await asyncio.sleep(POLL_S)
-
-    async def _open(self) -> None:
-        await asyncio.to_thread(self._join_cluster)
-        self._joined()
-        if self._address is None:
-            await asyncio.to_thread(keeper.deploy_once, self.config, False)
-        else:
-            await self._join()
-            self._heart = asyncio.get_running_loop().create_task(self._beat())
 
     async def unless_it_fails(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of work that waits for the application's workers.
@@ -118,16 +122,19 @@ class Revision:
 
     async def close(self) -> None:
         """Say goodbye to the keeper; a shared application goes when its last predictor has."""
-        if self._opening is not None:
-            await asyncio.wait({self._opening})  # what it does in threads can't be cancelled
+        self._given_up.set()
+        if self._in_thread is not None:
+            await asyncio.wait({self._in_thread})
         if self._heart is not None:
             self._heart.cancel()
-            with contextlib.suppress(RayActorError):
-                await self._keeper.leave.remote(self._member)
+        if self._keeper is not None:  # which may know this predictor although its answer was not waited for
+            with contextlib.suppress(RayActorError, TimeoutError):  # a cluster that has gone does not answer at all
+                async with asyncio.timeout(GOODBYE_S):
+                    await self._keeper.leave.remote(self._member)
 
     def _join_cluster(self) -> None:
         if self._address not in (None, "auto"):
-            self._node = RayNode(str(self._address))
+            self._node = RayNode(str(self._address), given_up=self._given_up)
         start_ray(self._address)
 
     def leave_cluster(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,15 @@ def test_no_head_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     stand_in(tmp_path, "echo nobody there; exit 1", monkeypatch)
     with pytest.raises(StartFailed, match="nobody there"):
         RayNode("head:6379", timeout_s=0.5)
+
+
+def test_a_predictor_that_is_told_to_stop_waits_for_no_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given up in the middle of an attempt: over at once, and the command is ended."""
+    stand_in(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 100", monkeypatch)
+    given_up = threading.Event()
+    threading.Timer(0.5, given_up.set).start()
+    started = time.monotonic()
+    with pytest.raises(StartFailed, match="stopped before"):
+        RayNode("head:6379", timeout_s=60, given_up=given_up)
+    assert time.monotonic() - started < 30
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
