@@ -3,7 +3,7 @@ PY := .venv/bin/python
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CONFIG ?= $(if $(GPU),deploy/config/gpu.yaml,deploy/config/demo.yaml)
 
-.PHONY: setup serve serve-sim serve-kserve test test-kserve test-deploy manifests test-unit test-serve test-engine test-elastic-engine chaos chaos-engine fuzz soak check lint format lock docs clean help
+.PHONY: setup serve serve-sim serve-kserve test test-kserve test-kserve-engine canary-live test-deploy manifests test-unit test-serve test-engine chaos chaos-engine fuzz soak check lint format lock docs clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -57,9 +57,15 @@ test-kserve: ## KServe's protocols and a predictor's life, on Ray with simulated
 	@echo "== KServe"
 	@$(PY) -m pytest tests/kserve -q
 
+test-kserve-engine: ## the same on real vLLM engines, as far as one machine can
+	@BATON_KSERVE_ENGINE=vllm $(PY) -m pytest tests/kserve -q
+
+canary-live: ## two revisions under traffic that a real Envoy splits, a real Prometheus, the judge: needs both installed
+	@$(PY) -m pytest tests/canary/test_live.py -q
+
 test-deploy: ## manifests, chart and overlays; stores of weights; the canary's judge
 	@echo "== manifests"
-	@$(PY) -m pytest tests/deploy tests/storage tests/canary -q
+	@$(PY) -m pytest tests/deploy tests/storage tests/canary/test_judge.py -q
 
 manifests: ## write deploy/chart/presets from the code
 	@$(PY) -m kserve_adapter.manifest.presets deploy/chart/presets

@@ -61,6 +61,12 @@ def marked(mark: str) -> dict[int, str]:
     return found
 
 
+def ray_address(mark: str) -> str:
+    """Of the Ray cluster whose processes carry `mark`: others may run on the machine."""
+    commands = [command for command in marked(mark).values() if "/raylet --" in command]
+    return re.findall(r" --gcs-address=(\S+)", commands[0])[-1]
+
+
 @dataclass
 class Server:
     """A running `baton serve`."""
@@ -81,9 +87,8 @@ class Server:
         return sorted(pid for pid, command in marked(self.mark).items() if command.startswith(name))
 
     def ray_address(self) -> str:
-        """Of this server's own Ray cluster: others may run on the machine."""
-        commands = [command for command in marked(self.mark).values() if "/raylet --" in command]
-        return re.findall(r" --gcs-address=(\S+)", commands[0])[-1]
+        """Of this server's own Ray cluster."""
+        return ray_address(self.mark)
 
     def engine_cores(self, deployment: str) -> list[int]:
         """Processes of a deployment's real engine cores: children of its replicas."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from runtime.serving import LOOPBACK
 
@@ -18,15 +18,22 @@ from ray import serve
 
 from runtime.config_file import parse
 from runtime.engine_board import subscribe
-from tests.conftest import Server, wait_for
+from tests.conftest import wait_for
 
 ROLES = ("prefill", "decode")
+
+
+class OnRay(Protocol):
+    """A server with a Ray cluster."""
+
+    def ray_address(self) -> str:
+        """Of its cluster."""
 
 
 class Pools:
     """The workers of both roles, on the Ray cluster of a server, or on the only one of this machine."""
 
-    def __init__(self, server: Server | None = None, application: str = "baton") -> None:
+    def __init__(self, server: OnRay | None = None, application: str = "baton") -> None:
         self._token = parse({"name": application}).token()  # of the demo model, which all suites serve
         address = server.ray_address() if server else "auto"
         ray.init(address=address, log_to_driver=False, configure_logging=False, ignore_reinit_error=True)

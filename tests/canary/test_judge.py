@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
-import httpx
 import pytest
-import yaml
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 
 from kserve_adapter.canary.command import EXIT
 from kserve_adapter.canary.judge import Verdict
-from tests.conftest import ROOT, free_port, wait_for
+from tests.canary.scraped import baton_canary, prometheus
+from tests.conftest import free_port
 
 BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
-WATCH_S, STEP_S = 90, 2
+WATCH_S = 90
 REVISIONS: dict[str, dict[str, float]] = {
     "stable": {},
     "good": {},
@@ -65,37 +59,21 @@ class Revision:
 
 
 @pytest.fixture(scope="module")
-def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Prometheus that has watched all revisions for a while."""
-    binary = shutil.which("prometheus")
-    if not binary:
-        pytest.skip("no prometheus: install it (Debian has a package)")
-    folder = tmp_path_factory.mktemp("prometheus")
     revisions = {name: Revision(name, **how) for name, how in REVISIONS.items()}
-    targets = [
-        {"targets": [f"127.0.0.1:{revision.port}"], "labels": {"baton_name": "llm", "baton_revision": name}}
-        for name, revision in revisions.items()
-    ]
-    scrape = {"job_name": "baton", "scrape_interval": "500ms", "scrape_timeout": "500ms", "static_configs": targets}
-    (folder / "prometheus.yml").write_text(yaml.safe_dump({"scrape_configs": [scrape]}))
-    port = free_port()
-    command = [binary, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
-    with (folder / "log").open("wb") as log:
-        command.append(f"--web.listen-address=127.0.0.1:{port}")
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
     over = threading.Event()
     traffic = threading.Thread(target=drive, args=(list(revisions.values()), over))
+    ports = {name: revision.port for name, revision in revisions.items()}
     try:
-        assert wait_for(lambda: ready(url), 60), (folder / "log").read_text()
-        traffic.start()
-        time.sleep(WATCH_S)
-        yield url
+        with prometheus(tmp_path_factory.mktemp("prometheus"), ports) as url:
+            traffic.start()
+            time.sleep(WATCH_S)
+            yield url
     finally:
         over.set()
-        traffic.join()
-        process.terminate()
-        process.wait(20)
+        if traffic.ident is not None:
+            traffic.join()
         for revision in revisions.values():
             revision.close()
 
@@ -105,22 +83,6 @@ def drive(revisions: list[Revision], over: threading.Event) -> None:
     while not over.wait(0.2):
         for revision in revisions:
             revision.tick()
-
-
-def ready(url: str) -> bool:
-    """Whether Prometheus answers."""
-    try:
-        return httpx.get(f"{url}/-/ready", timeout=2).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def baton_canary(action: str, url: str, canary: str, *options: str) -> tuple[int, dict[str, Any], str]:
-    """The command's exit status, its last line and its errors."""
-    command = [sys.executable, "-m", "runtime.cli", "canary", action, "--prometheus", url, "--name", "llm"]
-    command += ["--stable", "stable", "--canary", canary, "--step-s", str(STEP_S), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    return done.returncode, json.loads((done.stdout.splitlines() or ["{}"])[-1]), done.stderr
 
 
 MINUTES = ("--minutes", str((WATCH_S - 5) / 60), "--min-minutes", "1")
@@ -137,21 +99,21 @@ MINUTES = ("--minutes", str((WATCH_S - 5) / 60), "--min-minutes", "1")
         ("unknown", Verdict.HOLD, "0 and"),
     ],
 )
-def test_judge(prometheus: str, canary: str, verdict: Verdict, reason: str) -> None:
+def test_judge(watched: str, canary: str, verdict: Verdict, reason: str) -> None:
     """The good one is promoted, each bad one rolled back for its own fault, too little evidence is held."""
-    status, told, err = baton_canary("judge", prometheus, canary, *MINUTES)
+    status, told, err = baton_canary("judge", watched, canary, *MINUTES)
     assert status == EXIT[verdict], (told, err)
     assert told["verdict"] == verdict.value
     assert told["reasons"][0].startswith(reason), told
 
 
-def test_watch_ends_at_a_rollback(prometheus: str) -> None:
+def test_watch_ends_at_a_rollback(watched: str) -> None:
     """It looks until it is decided."""
-    status, told, err = baton_canary("watch", prometheus, "failing", "--every-s", "1", "--min-minutes", "1")
+    status, told, err = baton_canary("watch", watched, "failing", "--every-s", "1", "--min-minutes", "1")
     assert status == EXIT[Verdict.ROLLBACK], (told, err)
 
 
-def test_without_prometheus(prometheus: str) -> None:
+def test_without_prometheus(watched: str) -> None:
     """No evidence is no verdict."""
     status, told, err = baton_canary("judge", f"http://127.0.0.1:{free_port()}", "good")
     assert status == 1 and not told and "baton: " in err

@@ -21,7 +21,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.conftest import MARK, MODEL, ROOT, free_port, marked, wait_for
+from tests.conftest import MARK, MODEL, ROOT, free_port, marked, ray_address, wait_for
 
 KEY = "test-key"
 REAL = os.environ.get("BATON_KSERVE_ENGINE") == "vllm"
@@ -66,8 +66,15 @@ class Predictor:
         assert self.process.poll() is None, self.told()
 
     def told(self) -> str:
-        """The end of the predictor's log."""
-        return "\n".join(self.log.read_text().splitlines()[-60:])
+        """The end of the predictor's log, without the probes."""
+        lines = [
+            line for line in self.log.read_text().splitlines() if not re.search("kserve.trace|uvicorn.access", line)
+        ]
+        return "\n".join(lines[-60:])
+
+    def ray_address(self) -> str:
+        """Of the Ray cluster of its own."""
+        return ray_address(self.mark)
 
     def pids(self, deployment: str) -> list[int]:
         """Processes of a deployment's replicas, of any application."""
