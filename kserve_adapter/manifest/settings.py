@@ -18,6 +18,10 @@ MARGIN_S = 15
 """Between the end of the grace period and the kubelet's SIGKILL: time to leave the cluster in order."""
 
 
+RAY_SERVICE_NAME = 47
+"""Characters that KubeRay leaves a RayService's name, which is the service's and the revision's."""
+
+
 class PoolPods(Settings):
     """The pods of one pool: one worker each."""
 
@@ -139,5 +143,7 @@ def _contradictions(settings: KubernetesSettings) -> Any:
             yield f"{role}.min_replicas is over {role}.max_replicas"
     if settings.predictor.min_replicas > settings.predictor.max_replicas:
         yield "predictor.min_replicas is over predictor.max_replicas"
+    if settings.pools == "rayservice" and len(f"{settings.name}-{settings.revision}") > RAY_SERVICE_NAME:
+        yield f"name and revision are {RAY_SERVICE_NAME - 1} characters at most where pools are a RayService"
     if settings.local_model_cache and not settings.model_uri:
         yield "local_model_cache needs model_uri"

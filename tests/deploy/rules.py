@@ -255,6 +255,27 @@ def kserves_webhooks_would_agree(objects: Objects) -> Iterator[str]:
                 yield "autoScaling needs autoscalerClass keda"
 
 
+def kuberay_would_agree(objects: Objects) -> Iterator[str]:
+    """The rules of KubeRay's operator, which schemas don't have."""
+    longest = {"RayCluster": 53, "RayService": 47}
+    for item in of(objects, *longest):
+        kind, name = item["kind"], item["metadata"]["name"]
+        if len(name) > longest[kind] or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+            yield f"{kind} {name}: KubeRay takes no such name"
+        spec = item["spec"].get("rayClusterConfig", item["spec"])
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            where = f"{kind} {name}/{group.get('groupName', 'head')}"
+            if "labels" in group["rayStartParams"]:
+                yield f"{where}: labels belong into the group's own field"
+            if (
+                spec.get("enableInTreeAutoscaling")
+                and group["template"]["spec"].get("restartPolicy", "Never") != "Never"
+            ):
+                yield f"{where}: its pods are the autoscaler's to replace"
+            if group.get("minReplicas", 0) > group.get("maxReplicas", 1):
+                yield f"{where}: bounds"
+
+
 def settings_are_batons(objects: Objects) -> Iterator[str]:
     """The settings that pods read are valid, and those of the predictor's own revision and pools."""
     maps = {item["metadata"]["name"]: item["data"]["settings.yaml"] for item in of(objects, "ConfigMap")}
@@ -339,6 +360,7 @@ RULES: tuple[Rule, ...] = (
     queries_name_what_exists,
     scalers_have_targets,
     kserves_webhooks_would_agree,
+    kuberay_would_agree,
     settings_are_batons,
     revisions_stay_apart,
     pools_get_their_hardware,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,13 @@ RULE_MUTATIONS = {
     ),
     "labels not carried": ("standard-keda", put("PodMonitor", "spec.podTargetLabels", [])),
     "a format that renames": ("standard-keda", put("PodMonitor", "spec.scrapeProtocols", None)),
+    "a name too long": ("standard-rayservice", put("RayService", "metadata.name", "example-llm-" + "v" * 36)),
+    "labels that KubeRay refuses": (
+        "standard-kuberay",
+        put("RayCluster", f"{WORKERS}.rayStartParams.labels", "pool=prefill"),
+    ),
+    "pods that restart themselves": ("standard-kuberay", put("RayCluster", f"{POD}.restartPolicy", "Always")),
+    "bounds the wrong way round": ("standard-kuberay", put("RayCluster", f"{WORKERS}.maxReplicas", 0)),
     "KEDA on a RayCluster": ("standard-keda", put("ScaledObject", "spec.scaleTargetRef.kind", "RayCluster")),
     "fixed replicas": ("standard-keda", put("Deployment", "spec.replicas", 1)),
     "Knative's canary in Standard": (
@@ -219,6 +226,68 @@ def test_schemas_notice(name: str) -> None:
     if is_custom(wrong) and not CRDS.is_dir():
         pytest.skip("BATON_CRDS names no folder with CRDs")
     assert problems(wrong)
+
+
+FREE = frozenset(
+    (
+        "labels",
+        "annotations",
+        "matchLabels",
+        "nodeSelector",
+        "capacity",
+        "data",
+        "rayStartParams",
+        "limits",
+        "requests",
+        "metadata",
+    )
+)
+"""Fields whose own fields are anybody's names."""
+
+
+def fields(part: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every field that has a name of the API's; of a list's items those of all of them."""
+    if isinstance(part, dict) and not (at and at[-1] in FREE):
+        for name, value in part.items():
+            yield (*at, name)
+            yield from fields(value, (*at, name))
+    elif isinstance(part, list):
+        for number, value in enumerate(part):
+            yield from fields(value, (*at, number))
+
+
+def each_field() -> dict[str, dict[tuple[Any, ...], dict[str, Any]]]:
+    """For each kind, one object for each field that any of our objects has."""
+    found: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+    for name in SETS:
+        for item in fresh(name):
+            for path in fields(item):
+                alike = tuple(part for part in path if not isinstance(part, int))
+                found.setdefault(item["kind"], {}).setdefault(alike, {"item": item, "path": path})
+    return found
+
+
+EACH_FIELD = each_field()
+
+
+@pytest.mark.parametrize("kind", EACH_FIELD)
+def test_every_misspelt_field_is_noticed(kind: str) -> None:
+    """Whichever field of whichever kind is misspelt, the check by schema fails."""
+    unnoticed = []
+    for path, found in EACH_FIELD[kind].items():
+        if path[0] in ("apiVersion", "kind", "metadata"):
+            continue  # what an object is and is called: other tests look for it by these
+        if is_custom(found["item"]) and not CRDS.is_dir():
+            pytest.skip("BATON_CRDS names no folder with CRDs")
+        item = copy.deepcopy(found["item"])
+        *way, last = found["path"]
+        at: Any = item
+        for part in way:
+            at = at[part]
+        at[f"{last}Typo"] = at.pop(last)
+        if not problems(item):
+            unnoticed.append(".".join(path))
+    assert not unnoticed
 
 
 @pytest.mark.parametrize("name", RULE_MUTATIONS)
@@ -282,6 +351,7 @@ def test_a_revision_is_what_it_is_made_of() -> None:
         ({"predictor": {"min_replicas": 0}}, "needs mode `knative`"),
         ({"prefill": {"min_replicas": 3, "max_replicas": 2}}, "prefill.min_replicas is over"),
         ({"local_model_cache": CACHE}, "local_model_cache needs model_uri"),
+        ({"name": "n" * 30, "revision": "r" * 20, "pools": "rayservice"}, "46 characters at most"),
         ({"name": "Not-A-Name"}, "kubernetes.name"),
     ],
 )
