@@ -18,6 +18,9 @@ logger = logging.getLogger("baton.ray_node")
 STARTED = "Ray runtime started"
 PAUSE_S, STOP_S = 2.0, 30.0
 
+STORE_BYTES = 256 * 2**20
+"""Ray would take a third of the pod's memory, more than its /dev/shm, for objects that Baton does not make."""
+
 
 class StartFailed(BatonError):
     """A predictor's application or its cluster can't be had; the message says why."""
@@ -49,7 +52,7 @@ class RayNode:
         self._settled = threading.Event()
         self._up = False
         command = [str(Path(sys.executable).parent / "ray"), "start", f"--address={address}", "--block"]
-        command += ["--num-cpus=0", "--num-gpus=0", "--disable-usage-stats"]
+        command += ["--num-cpus=0", "--num-gpus=0", f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
         self._process = subprocess.Popen(  # noqa: S603  # our own command
             command,
             stdin=subprocess.DEVNULL,

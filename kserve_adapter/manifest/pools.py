@@ -81,7 +81,12 @@ def _head(settings: KubernetesSettings, revision: str, settings_map: str) -> Obj
         spec |= {"serviceAccountName": settings.name, "automountServiceAccountToken": False}
     return {
         # Nothing of the pools lands on the head: it has no CPUs to give, and no label of a pool.
-        "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0", "metrics-export-port": str(RAY_METRICS_PORT)},  # noqa: S104
+        "rayStartParams": {
+            "num-cpus": "0",
+            "dashboard-host": "0.0.0.0",  # noqa: S104  # KubeRay's operator asks it
+            "metrics-export-port": str(RAY_METRICS_PORT),
+            "object-store-memory": str(10**9),  # Ray would take more than /dev/shm has, and Baton makes few objects
+        },
         "template": {"metadata": {"labels": labels(settings, revision, "head")}, "spec": spec},
     }
 
