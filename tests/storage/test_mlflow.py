@@ -179,7 +179,7 @@ def test_a_real_server(tmp_path: Path) -> None:
     server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
     try:
-        assert wait_for(lambda: answers(f"{url}/health"), 180)
+        assert wait_for(lambda: answers(f"{url}/health"), 400), (tmp_path / "mlflow.log").read_text()
         models = [make_model(tmp_path / f"model-{number}") for number in (1, 2)]
         client = httpx.Client(base_url=url, timeout=60)
         call(client, "POST", "registered-models/create", name="m")
