@@ -161,7 +161,7 @@ def test_a_start_that_fails_ends(folder: Path) -> None:
     settings = {**SETTINGS, "engine": "vllm", "engine_args": {"max_model_len": -5}}
     with predictor(folder, settings) as running:
         assert running.process.wait(START_S) == 1
-        assert "the start failed" in running.told()
+        assert "the start failed" in running.log.read_text()
 
 
 @simulated

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -154,8 +155,18 @@ def baton_fetch(uri: str, cache: Path, env: dict[str, str], *options: str) -> su
 def fetched(uri: str, cache: Path, env: dict[str, str], *options: str) -> tuple[int, str, str]:
     """Exit status, directory and errors of a `baton fetch` that has ended."""
     process = baton_fetch(uri, cache, env, *options)
-    out, err = process.communicate(timeout=120)
+    out, err = ended(process)
     return process.returncode, out.strip(), err
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a `baton fetch` said until it ended; one that does not end is killed, with all that it started."""
+    try:
+        return process.communicate(timeout=400)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def unique(name: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from kserve_adapter.integrity import SUMS
 from tests.conftest import wait_for
-from tests.storage.conftest import BUCKET, Store, baton_fetch, fetched, make_model, unique
+from tests.storage.conftest import BUCKET, Store, baton_fetch, ended, fetched, make_model, unique
 
 
 def same(left: Path, right: Path) -> bool:
@@ -105,9 +105,11 @@ def test_killed_and_resumed(store: Store, tmp_path: Path) -> None:
     def complete() -> list[Path]:
         return list(cache.glob(".*.partial/*.safetensors"))
 
-    assert wait_for(lambda: len(complete()) >= 2, 60)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    try:
+        assert wait_for(lambda: len(complete()) >= 2, 300)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
     kept = {path.name for path in complete()}
     assert 2 <= len(kept) < 12
     assert not [path for path in cache.iterdir() if not path.name.startswith(".")]
@@ -123,7 +125,7 @@ def test_two_at_once_fetch_it_once(store: Store, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", weights=6, size=2_000_000)
     uri, cache = store.upload(model, unique("both")), tmp_path / "cache"
     processes = [baton_fetch(uri, cache, store.env()) for _ in range(2)]
-    results = [process.communicate(timeout=120) for process in processes]
+    results = [ended(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     assert results[0][0] == results[1][0]
     assert sum(err.count("fetching") for _, err in results) == 1, results
