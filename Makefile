@@ -3,7 +3,7 @@ PY := .venv/bin/python
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CONFIG ?= $(if $(GPU),deploy/config/gpu.yaml,deploy/config/demo.yaml)
 
-.PHONY: setup serve serve-sim serve-kserve test test-kserve test-kserve-engine canary-live test-deploy manifests test-unit test-serve test-engine chaos chaos-engine fuzz soak check lint format lock docs clean help
+.PHONY: setup serve serve-sim serve-kserve test test-kserve test-kserve-engine canary-live test-deploy manifests test-unit test-serve test-engine test-elastic test-elastic-engine chaos chaos-engine fuzz soak check lint format lock docs clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -29,11 +29,14 @@ test-unit: ## pure tests, no Ray
 test-serve: ## real Ray Serve with simulated engines
 	@echo "== Ray Serve with simulated engines"
 	@$(PY) -m pytest tests/serve -q
-	@$(PY) -m pytest tests/elastic -q -m "not engines"
+	@$(PY) -m pytest tests/elastic/test_elastic.py -q
 
 test-engine: ## real vLLM engines
 	@echo "== real vLLM engines"
 	@$(PY) -m pytest tests/engine -q
+
+test-elastic: ## pools that scale, on Ray with simulated engines: all of it, and a real Prometheus
+	@$(PY) -m pytest tests/elastic -q -m "not engines"
 
 test-elastic-engine: ## real vLLM engines that scale: from 1+1 to 2 decode workers and back under load
 	@$(PY) -m pytest tests/elastic/test_real_engines.py -q -m engines -s

@@ -11,6 +11,11 @@ import yaml
 from benchmarks.elastic import SETTINGS
 from tests.conftest import Server, baton_serve
 
+GROWS_WITHIN_S = 300.0
+"""The decision comes within seconds; a worker's start takes minutes on a machine that has much else to do."""
+
+SHRINKS_WITHIN_S = 180.0
+
 
 @pytest.fixture(scope="session")
 def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

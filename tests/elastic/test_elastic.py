@@ -6,22 +6,17 @@ import asyncio
 import re
 
 import httpx
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.elastic import LONG_ANSWERS, LONG_PROMPTS, Phase, Run, run
+from benchmarks.elastic import Phase, Run, run
 from runtime.metric_reference import VLLM, families
 from tests.conftest import Server, wait_for
+from tests.elastic.conftest import GROWS_WITHIN_S, SHRINKS_WITHIN_S
 
 WITH_A_GPU_ONLY = {"baton_gpu_memory_used_bytes", "baton_gpu_memory_total_bytes"}
 
 REAL_ENGINES_ONLY = ("vllm:nixl_", "vllm:num_requests_kv_fetch_by_stage")
 """What only a real engine's connector counts."""
-
-GROWS_WITHIN_S = 300.0
-"""The decision comes within seconds; a worker's start takes minutes on a machine that has much else to do."""
-
-SHRINKS_WITHIN_S = 180.0
 
 
 def test_pools_follow_the_load(elastic: Server) -> None:
@@ -40,37 +35,6 @@ def test_pools_follow_the_load(elastic: Server) -> None:
     assert seen.samples[0]["prefill"]["ready"] == seen.samples[0]["decode"]["ready"] == 1
     assert grown(seen), [(s["at_s"], s["prefill"], s["decode"]) for s in seen.samples[::20]]
     assert small(seen), [(s["at_s"], s["prefill"], s["decode"]) for s in seen.samples[::20]]
-
-
-@pytest.mark.timeout(1500)
-def test_the_ratio_follows_the_traffic(elastic: Server) -> None:
-    """Long prompts ask for prefill workers alone, long answers for decode workers alone; nothing is lost between."""
-
-    def wanted(so_far: Run, pool: str) -> bool:
-        """Several workers of this pool, and the least of the other one."""
-        last, other = so_far.samples[-1] if so_far.samples else {}, "decode" if pool == "prefill" else "prefill"
-        return bool(last) and last[pool]["desired"] >= 2 and last[other]["desired"] == 1
-
-    def prefill_heavy(so_far: Run) -> bool:
-        return wanted(so_far, "prefill")
-
-    def decode_heavy(so_far: Run) -> bool:
-        return wanted(so_far, "decode")
-
-    seen = asyncio.run(
-        run(
-            elastic.url,
-            [
-                Phase(GROWS_WITHIN_S, 1.5, prefill_heavy, *LONG_PROMPTS),
-                Phase(2 * SHRINKS_WITHIN_S, 0.5, decode_heavy, *LONG_ANSWERS),
-            ],
-        )
-    )
-    assert not seen.failed
-    long_prompts = [sample for sample in seen.samples if sample["read_s"] > sample["written_s"]]
-    assert any(wanted(Run([sample]), "prefill") for sample in long_prompts)
-    assert not any(wanted(Run([sample]), "decode") for sample in long_prompts)
-    assert any(wanted(Run([sample]), "decode") for sample in seen.samples[len(long_prompts) :])
 
 
 def test_every_documented_metric_is_scraped(elastic: Server) -> None:

@@ -119,7 +119,7 @@ async def test_a_scrape_has_all_front_ends_and_workers() -> None:
 
 def test_pinned_blocks_are_those_of_outstanding_handoffs() -> None:
     """Of all cache groups; a handoff without blocks pins none, and one that was pulled none any more."""
-    ledger = Ledger(lambda _: True, lambda _: None, lease_s=60.0)
+    ledger = Ledger(lambda _: None, lambda _: None)
     handoffs = [
         Handoff({"remote_engine_id": "p", "remote_request_id": str(n), "remote_block_ids": blocks})
         for n, blocks in enumerate(([[1, 2], [3]], [], [[4]]))
