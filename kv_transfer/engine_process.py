@@ -8,7 +8,8 @@ engines start in a worker thread.)
 *Don't spin.* A model worker polls for its next step for a whole second before it sleeps. Where the engines of both
 pools share a few cores, an idle decode engine would so take its core from a prefill that computes.
 
-*Take up grammars in the middle* (`kv_transfer.grammar`), and *release own blocks* (`kv_transfer.own_release`).
+*Take up grammars in the middle* (`kv_transfer.grammar`), *release own blocks* (`kv_transfer.own_release`), and *sample
+with a seed on a CPU* (`kv_transfer.cpu_sampling`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import threading
 import time
 
-from kv_transfer import grammar, own_release
+from kv_transfer import cpu_sampling, grammar, own_release
 
 WATCH_ENV = "BATON_WATCH_PARENT"
 SPIN_ENV = "BATON_SPIN_S"
@@ -33,6 +34,7 @@ def install() -> None:
     threading.Thread(target=_watch, args=(parent,), name="baton-parent-watch", daemon=True).start()
     grammar.install()
     own_release.install()
+    cpu_sampling.install()
     if spin := os.environ.get(SPIN_ENV):
         _shorten_spin(float(spin))
 

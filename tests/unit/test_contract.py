@@ -107,6 +107,15 @@ def test_what_is_patched() -> None:
     assert defaults == ["busy_loop_s"]
 
 
+def test_what_seeded_sampling_on_a_cpu_needs() -> None:
+    """`kv_transfer.cpu_sampling` wraps these two, between which the generators are used."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner.sample_tokens)
+    assert "self._sample(" in source and "self._bookkeeping_sync(" in source
+    assert "self.discard_request_mask.np" in inspect.getsource(GPUModelRunner._bookkeeping_sync)
+
+
 def test_an_output_is_plain_by_default() -> None:
     """Outputs of several steps are joined where they carry nothing else, which is told by these values."""
     plain = EngineCoreOutput(request_id="", new_token_ids=[])
