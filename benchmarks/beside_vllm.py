@@ -8,7 +8,8 @@ Three servers have all cores of the machine, one after the other; each round sta
 round in reverse order, so that what else the machine does falls on all of them:
 
 - `vllm`: vLLM's own server with one engine, whose threads are as many as there are cores. Its engine arguments and
-  environment are those of Baton's decode engines; scheduling is vLLM's default (chunked prefill, prefix caching).
+  environment are those of Baton's prefill engines (whose steps are as large as vLLM's default); scheduling is vLLM's
+  default (chunked prefill, prefix caching).
 - `baton`: `baton serve` with `--config`, as it is.
 - `always`: the same with `routing.preset: always-disaggregated`.
 
@@ -100,8 +101,8 @@ def summary(record: dict[str, Any]) -> dict[str, float]:
 
 
 def vllm(config: Config, *, short_spin: bool) -> AbstractContextManager[str]:
-    """vLLM's own server: one engine like those of Baton's decode pool, with all cores."""
-    settings, port = config.engine_settings("decode"), free_port("127.0.0.1")
+    """vLLM's own server: one engine like those of Baton's prefill pool, with all cores."""
+    settings, port = config.engine_settings("prefill"), free_port("127.0.0.1")
     module = "vllm.entrypoints.launchers.api_server.entry"
     line = [sys.executable, "-m", module, "--model", settings.model, "--host", "127.0.0.1", "--port", str(port)]
     env = {**settings.env, "OMP_NUM_THREADS": str(os.cpu_count() or 1), BIND_ENV: "nobind"}
