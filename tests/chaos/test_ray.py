@@ -67,10 +67,13 @@ def test_nothing_is_lost(server: Server) -> None:
     assert wait_for(lambda: len(server.pids("front-end")) == 2, 120)
     assert wait_for(pools.quiet, 60)  # front ends and workers that came back have been warming each other
     assert pools.leases_expired() == 0
-    assert {line for line in metrics(server) if line.startswith("baton_handoffs_outstanding ")} == {
-        "baton_handoffs_outstanding 0.0"
-    }
+    assert wait_for(lambda: outstanding(server) == {"baton_handoffs_outstanding 0.0"}, 60)
     pools.close()
+
+
+def outstanding(server: Server) -> set[str]:
+    """What a front end says of its handoffs."""
+    return {line for line in metrics(server) if line.startswith("baton_handoffs_outstanding ")}
 
 
 def metrics(server: Server) -> set[str]:
