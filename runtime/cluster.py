@@ -318,16 +318,13 @@ class Cluster(EngineCoreClient):
                 self._legs.pop(leg.id)
 
     async def _keep_tidy(self) -> None:
+        """Drop aborted prefill legs that were never heard of again."""
         while True:
             await asyncio.sleep(TIDY_S)
-            self.tidy()
-
-    def tidy(self) -> None:
-        """Drop aborted prefill legs that were never heard of again."""
-        now = time.monotonic()
-        for leg in list(self._legs.values()):
-            if leg.abandoned_at is not None and now - leg.abandoned_at > ABANDONED_KEEP_S:
-                del self._legs[leg.id]
+            now = time.monotonic()
+            for leg in list(self._legs.values()):
+                if leg.abandoned_at is not None and now - leg.abandoned_at > ABANDONED_KEEP_S:
+                    del self._legs[leg.id]
 
     def _finish(self, live: LiveRequest, reason: FinishReason) -> None:
         output = EngineCoreOutput(request_id=live.id, new_token_ids=[], finish_reason=reason)

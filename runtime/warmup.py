@@ -85,7 +85,6 @@ class Warmer:
         fleet = self._cluster.fleet
         while True:
             changed = fleet.changed
-            self._cluster.tidy()
             for worker in fleet.in_state(State.WARMING):
                 if worker not in self._warming:
                     task = asyncio.get_running_loop().create_task(self._bring_up(worker))

@@ -92,12 +92,10 @@ def _reading(worker: WorkerView, uncached: int, beside: int) -> tuple[float, flo
     seconds = worker.backlog_s + cost.fixed_s + cost.each_s * uncached
     tokens = worker.waiting_tokens + uncached
     steps = -(-tokens // worker.max_step_tokens) if worker.max_step_tokens else 1
-    if not beside:
-        return seconds + cost.fixed_s * (steps - 1), 0.0
     step = worker.step or FREE
     step_s = step.fixed_s + step.each_s * beside
-    seconds += step_s * steps if worker.streams else cost.fixed_s * (steps - 1)
-    return seconds, step_s + _chunk_s(worker, tokens)
+    seconds += step_s * steps if beside and worker.streams else cost.fixed_s * (steps - 1)
+    return seconds, step_s + _chunk_s(worker, tokens) if beside else 0.0
 
 
 def _chunk_s(worker: WorkerView, tokens: int) -> float:
