@@ -26,8 +26,12 @@ KEPT_BUSY = 2
 PACE_MEMORY_S = 10.0
 """The pace of letting in counts 1/e after so many seconds."""
 
-PACE_TRUSTED_S = 0.5
-"""So many seconds of a queue have to be seen before its pace says anything."""
+PACE_FORGETS = 0.125
+"""One pause, however long, takes at most so much of what is known of the pace."""
+
+PACE_TRUSTED_S, PACE_TRUSTED_REQUESTS = 0.5, 6
+"""So many seconds of a queue, and so many requests let in, have to be seen before its pace says anything: after a hang,
+one short prompt in all the seconds that it lasted."""
 
 
 @dataclass(frozen=True)
@@ -132,17 +136,17 @@ class Pace:
     def note(self, now: float, tokens: int, requests: int) -> None:
         """So much was let in."""
         passed, self._last = now - self._last, now
-        keep = exp(-passed / PACE_MEMORY_S)
+        keep = max(exp(-passed / PACE_MEMORY_S), 1.0 - PACE_FORGETS)
         self._seconds = self._seconds * keep + passed
         self._tokens = self._tokens * keep + tokens
         self._requests = self._requests * keep + requests
 
     def seconds(self, ahead: Ahead) -> float | None:
         """How long it takes to let in what is ahead; None while nothing is known."""
-        if self._seconds < PACE_TRUSTED_S:
+        if self._seconds < PACE_TRUSTED_S or self._requests < PACE_TRUSTED_REQUESTS:
             return None
         tokens = ahead.tokens / self._tokens if self._tokens else 0.0
-        return self._seconds * max(tokens, ahead.requests / self._requests if self._requests else 0.0)
+        return self._seconds * max(tokens, ahead.requests / self._requests)
 
 
 def predicted_wait_s(ahead: Ahead, snapshot: Snapshot, pace: Pace) -> float:

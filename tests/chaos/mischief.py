@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -47,7 +48,8 @@ class Mischief:
 
     def kill_front_end(self) -> None:
         """SIGKILL of a front end, unless it is the only one that listens."""
-        listening = [pid for pid in self._server.pids("front-end") if _listens(pid)]
+        port = urlsplit(self._server.url).port
+        listening = [pid for pid in self._server.pids("front-end") if _listens(pid, port)]
         pids = [pid for pid in self._victims("front-end") if pid in listening]
         if pids and len(listening) > 1:
             self.front_end_deaths.append(time.monotonic())
@@ -103,6 +105,7 @@ class Mischief:
             os.kill(pid, number)
 
 
-def _listens(pid: int) -> bool:
-    """Whether a front end is up: until then its process is there, but nothing connects to it."""
-    return any(socket.pid == pid and socket.status == psutil.CONN_LISTEN for socket in psutil.net_connections("tcp"))
+def _listens(pid: int, port: int | None) -> bool:
+    """Whether a front end is up: until then its process is there (Ray connects to it), but no client can."""
+    sockets = psutil.net_connections("tcp")
+    return any(s.pid == pid and s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)

@@ -313,6 +313,29 @@ def test_the_wait_from_the_pace() -> None:
     assert pace.seconds(Ahead(50_000, 10)) == pytest.approx(50.0)
 
 
+def test_a_hang_is_no_pace() -> None:
+    """Short prompts that are let in after all the seconds of a hang do not have everybody behind them refused."""
+    fast = Snapshot((worker("p1"),), (worker("d1"),))
+    pace = Pace()
+    pace.begin(0.0)
+    pace.note(14.0, 4, 1)
+    assert predicted_wait_s(Ahead(2000, 5), fast, pace) == pytest.approx(2.0)  # at the speed that workers tell
+    for tenth in range(1, 100):
+        pace.note(14 + tenth / 10, 100, 1)
+    before = predicted_wait_s(Ahead(2000, 5), fast, pace)
+    pace.note(38.0, 4, 1)
+    assert predicted_wait_s(Ahead(2000, 5), fast, pace) < 4 * before
+
+
+def test_a_slow_pace_is_believed() -> None:
+    """One request in ten seconds for a while is what it will be: it is not forgotten between two of them."""
+    pace = Pace()
+    pace.begin(0.0)
+    for tens in range(1, 30):
+        pace.note(tens * 10.0, 100, 1)
+    assert pace.seconds(Ahead(0, 5)) == pytest.approx(50.0)
+
+
 def test_the_pace_follows() -> None:
     """Twice as slow for a minute: it is believed. Time without a queue is not counted."""
     pace = Pace()
