@@ -14,14 +14,17 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 import yaml
+
+from tests.conftest import MODEL, ROOT, Server, baton_serve, free_port, wait_for
+from tests.pools import ROLES, Pools  # before Ray, which reads when it is imported how its clusters are closed
+
+# isort: split
+import ray
 from ray import serve
 
 from runtime.app import application
 from runtime.config_file import parse
-from tests.conftest import MODEL, ROOT, Server, baton_serve, free_port, wait_for
-from tests.pools import ROLES, Pools
 
 SETTINGS: dict[str, Any] = {
     **yaml.safe_load((ROOT / "deploy/config/sim.yaml").read_text()),
