@@ -56,8 +56,12 @@ class Pools:
         return self._handles[role].call.remote(engine_id, self._token, method, list(args)).result(timeout_s=60)
 
     def states(self, role: str) -> dict[str, Counter[str]]:
-        """The counts of each worker's engine."""
-        return {engine_id: Counter(self.call(role, engine_id, "state")) for engine_id in self.engines(role)}
+        """The counts of each worker's engine; those that have just died are left out."""
+        told = {}
+        for engine_id in self.engines(role):
+            with suppress(Exception):
+                told[engine_id] = Counter(self.call(role, engine_id, "state"))
+        return told
 
     def state(self, role: str) -> Counter[str]:
         """The counts of all engines of a role together."""
@@ -72,12 +76,8 @@ class Pools:
         return all(self.call(role, engine_id, "reset_prefix_cache") for engine_id in self.engines(role))
 
     def quiet(self) -> bool:
-        """Whether no simulated engine has a request, a block that is held, or a handoff; those that die don't count."""
-        left: Counter[str] = Counter()
-        for role in ROLES:
-            for engine_id in self.engines(role):
-                with suppress(Exception):
-                    left += Counter(self.call(role, engine_id, "state"))
+        """Whether no living simulated engine has a request, a block that is held, or a handoff."""
+        left = self.state("prefill") + self.state("decode")
         return not any(left[name] for name in ("waiting", "running", "fetching", "blocks_held", "handoffs"))
 
     def held(self) -> list[str]:

@@ -141,7 +141,7 @@ def main() -> int:
         quiet = wait_for(pools.quiet, 5)
         sampler.stop()
         expired = pools.leases_expired()
-        pools.close()
+        pools.close()  # or Ray would end this process a minute after its cluster
     failures = load.unexcused(reaper.mischief.front_end_deaths)
     print(f"seed {SEED}: {MINUTES:g} min, kills {dict(reaper.mischief.done)}, requests {dict(load.counts())}")
     print(f"not explained by a front end's death: {len(failures)}; quiet after 5 s: {quiet}; leases expired: {expired}")
