@@ -1,1 +1,1 @@
-"""The pool that writes answers."""
+"""The half of a request that writes the answer."""

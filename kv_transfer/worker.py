@@ -1,4 +1,4 @@
-"""One engine core behind Ray Serve handles: what the prefill and the decode deployment have in common.
+"""One engine core and the front ends that it works for. `worker_replica.py` makes a Ray Serve replica of it.
 
 Front ends reach a worker by three calls. `exchange` hands over new legs and aborts, in order; `outputs` is one
 long-lived stream for each front end that carries a batch per engine step; `call` reaches the core's utility methods.
@@ -14,21 +14,16 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
-
-import ray
 
 from kv_transfer.engine import Engine, EngineDied, start_engine
 from kv_transfer.front_end import FrontEnd, NoStream, WrongApplication, WrongIncarnation
-from kv_transfer.gpu_memory import GpuMemory
 from kv_transfer.handoff import KV_PARAMS, Handoff, release_leg
-from kv_transfer.load import NEEDED_TOKENS, PERIOD_S, Meter, News
+from kv_transfer.load import PERIOD_S, Meter, News
 from kv_transfer.pull_watch import PullWatch
 from kv_transfer.self_measurement import measure
-from kv_transfer.serve_replica import prepare_replica
 from kv_transfer.settings import EngineSettings
-from kv_transfer.worker_endpoint import WorkerMetrics, counts_of
+from kv_transfer.worker_endpoint import WorkerMetrics
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
@@ -60,7 +55,6 @@ class EngineWorker:
     """Owns one engine core, from start to death: when the core dies the worker reports unhealthy and is replaced."""
 
     def __init__(self) -> None:
-        prepare_replica()
         self._engine: Engine | None = None
         self._front_ends: dict[str, FrontEnd] = {}
         self._owner: dict[str, str] = {}  # leg id -> front end
@@ -83,9 +77,6 @@ class EngineWorker:
     async def start(self, settings: EngineSettings) -> None:
         """Start the engine and begin to hand out its outputs."""
         started = time.monotonic()
-        if settings.transport.host == "auto":
-            transport = settings.transport.model_copy(update={"host": ray.util.get_node_ip_address()})
-            settings = settings.model_copy(update={"transport": transport})
         self._token = settings.token
         self._engine = await start_engine(settings)
         self._pulls = PullWatch(settings.pull_timeout_s)
@@ -98,25 +89,6 @@ class EngineWorker:
         self._spawn(self._tell_load())
         self._start_s["engine"] = time.monotonic() - started
         logger.info("%s engine %s up in %.1f s", settings.role, self.engine.facts.engine_id, self._start_s["engine"])
-
-    async def export_metrics(self) -> None:
-        """Serve this worker's own `/metrics`, beside its side channel; the facts tell the port."""
-        gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
-        state = counts_of(self._state, asyncio.get_running_loop())
-        self._metrics = metrics = WorkerMetrics(state, self._start_s, GpuMemory(gpus).read)
-        self.engine.facts = replace(self.engine.facts, metrics_port=metrics.serve(self.engine.facts.kv_host))
-        # A simulated engine makes its configuration up, which takes seconds: traffic need not wait for it.
-        self._spawn(self._describe(metrics))
-
-    async def _describe(self, metrics: WorkerMetrics) -> None:
-        try:
-            metrics.describe_engine(await asyncio.to_thread(self.engine.vllm_config))
-        except Exception as error:  # a metric is not worth a worker
-            logger.warning("vLLM's metrics of the engine are not exported: %r", error)
-
-    async def _state(self) -> dict[str, int]:
-        """What the engine and this worker have counted."""
-        return {**await self.engine.call("state"), **self._counts}
 
     async def exchange(
         self,
@@ -199,15 +171,11 @@ class EngineWorker:
         self._check(engine_id, token)
         return await asyncio.to_thread(self.engine.vllm_config)
 
-    def record_replica_metadata(self) -> dict[str, Any]:
-        """What Ray Serve tells every front end about this replica: the engine's facts."""
-        return self.engine.facts.to_dict()
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Ray Serve's hook: how much of the KV here is needed, for who leaves when the pool shrinks."""
+    def needed_tokens(self) -> float:
+        """How many tokens of the KV here somebody needs or is likely to need."""
         handoffs = [params for peer in self._front_ends.values() for params in peer.handoffs.values()]
         waiting = sum(Handoff.from_params(params).tokens for params in handoffs)
-        return {NEEDED_TOKENS: self._meter.needed_tokens(time.monotonic()) + waiting}
+        return self._meter.needed_tokens(time.monotonic()) + waiting
 
     def check_health(self) -> None:
         """Raise when the engine is dead, so that Ray Serve replaces this replica."""
@@ -224,10 +192,6 @@ class EngineWorker:
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
-
-    def __del__(self) -> None:
-        """Ray Serve's hook for a replica that goes."""
-        self.shutdown()
 
     async def _hand_out(self) -> None:
         """Split each step's outputs by front end, until the engine dies."""

@@ -1,1 +1,1 @@
-"""The pool that reads prompts."""
+"""The half of a request that reads the prompt."""

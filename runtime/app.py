@@ -12,9 +12,8 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from decode.worker import DecodeWorker
 from kv_transfer.serve_replica import prepare_replica
-from prefill.worker import PrefillWorker
+from kv_transfer.worker_replica import WorkerReplica
 from runtime.config import ROLES, Config, Role
 from runtime.config_file import load
 from runtime.errors import ConfigError
@@ -22,8 +21,6 @@ from runtime.pinned_router import ROUTER_CLASS
 from runtime.scaler import replicas_of, scaler
 
 logger = logging.getLogger("baton.app")
-
-WORKERS: dict[Role, type] = {"prefill": PrefillWorker, "decode": DecodeWorker}
 
 MAX_ONGOING = 1_000_000
 """Serve's own limit on calls to a replica. Baton's calls are short or one stream a front end; it bounds work itself."""
@@ -82,7 +79,7 @@ def pools_application(config: Config) -> Application:
 
 def _pool(config: Config, role: Role) -> Application:
     deployment = serve.deployment(
-        WORKERS[role],
+        WorkerReplica,
         name=role,
         max_ongoing_requests=MAX_ONGOING,
         request_router_config=RequestRouterConfig(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from vllm.sampling_params import SamplingParams
 
-from decode.worker import DecodeWorker
 from kv_transfer.front_end import WrongApplication, WrongIncarnation
 from kv_transfer.settings import EngineSettings, TransportSettings
+from kv_transfer.worker import EngineWorker
 from runtime.config_file import parse
 from runtime.errors import ConfigError
 from runtime.live_request import trusted
@@ -21,7 +21,7 @@ TOKEN = "the application's"
 
 
 @pytest.fixture
-async def worker(tmp_path: Path) -> AsyncIterator[DecodeWorker]:
+async def worker(tmp_path: Path) -> AsyncIterator[EngineWorker]:
     """A decode worker with a simulated engine."""
     (tmp_path / "config.json").write_text('{"vocab_size": 20000, "max_position_embeddings": 512}')
     settings = EngineSettings(
@@ -31,14 +31,13 @@ async def worker(tmp_path: Path) -> AsyncIterator[DecodeWorker]:
         token=TOKEN,
         transport=TransportSettings(host="127.0.0.1"),  # type: ignore[call-arg]
     )
-    worker = DecodeWorker.__new__(DecodeWorker)
-    super(DecodeWorker, worker).__init__()
+    worker = EngineWorker()
     await worker.start(settings)
     yield worker
     worker.shutdown()
 
 
-async def every_call(worker: DecodeWorker, engine_id: str | None, token: str) -> AsyncIterator[Any]:
+async def every_call(worker: EngineWorker, engine_id: str | None, token: str) -> AsyncIterator[Any]:
     """Each way in, as an awaitable."""
     yield worker.exchange(engine_id or "", token, "front-end", [], [], {})
     yield anext(worker.outputs(engine_id or "", token, "front-end"))
@@ -48,7 +47,7 @@ async def every_call(worker: DecodeWorker, engine_id: str | None, token: str) ->
 
 @pytest.mark.parametrize("token", ["", "another's", TOKEN.upper(), TOKEN + "x", "ü"])
 @pytest.mark.parametrize("names_the_engine", [True, False])
-async def test_another_applications_call_is_refused(worker: DecodeWorker, token: str, names_the_engine: bool) -> None:
+async def test_another_applications_call_is_refused(worker: EngineWorker, token: str, names_the_engine: bool) -> None:
     """Every way in asks for the token, also where the caller takes whichever worker answers."""
     count = 0
     async for call in every_call(worker, worker.engine.facts.engine_id if names_the_engine else None, token):
@@ -58,7 +57,7 @@ async def test_another_applications_call_is_refused(worker: DecodeWorker, token:
     assert count == 4
 
 
-async def test_its_own_applications_call_is_taken(worker: DecodeWorker) -> None:
+async def test_its_own_applications_call_is_taken(worker: EngineWorker) -> None:
     """With the token; and the engine has still to be the one that is meant."""
     assert "running" in await worker.call(None, TOKEN, "state", [])
     assert "running" in await worker.call(worker.engine.facts.engine_id, TOKEN, "state", [])
