@@ -17,9 +17,9 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kv_transfer.engine import Engine, EngineDied, start_engine
-from kv_transfer.front_end import FrontEnd, NoStream, WrongApplication, WrongIncarnation
 from kv_transfer.handoff import KV_PARAMS, Handoff, release_leg
 from kv_transfer.load import PERIOD_S, Meter, News
+from kv_transfer.peer import NoStream, Peer, WrongApplication, WrongIncarnation
 from kv_transfer.pull_watch import PullWatch
 from kv_transfer.self_measurement import measure
 from kv_transfer.settings import EngineSettings
@@ -56,7 +56,7 @@ class EngineWorker:
 
     def __init__(self) -> None:
         self._engine: Engine | None = None
-        self._front_ends: dict[str, FrontEnd] = {}
+        self._peers: dict[str, Peer] = {}  # by the name of the front end's link
         self._owner: dict[str, str] = {}  # leg id -> front end
         self._token = ""
         self._meter: Meter
@@ -105,7 +105,7 @@ class EngineWorker:
             expected: for a leg's id, how many prompt tokens the front end expects to be read or fetched here.
         """
         self._check(engine_id, token)
-        peer = self._front_ends.get(front_end)
+        peer = self._peers.get(front_end)
         if peer is None:
             raise NoStream(front_end)
         peer.heard = time.monotonic()
@@ -133,10 +133,10 @@ class EngineWorker:
         takes over from this one. The stream ends when the engine dies. When the front end leaves, its legs are aborted.
         """
         self._check(engine_id, token)
-        peer, handed_over = self._front_ends.get(front_end), False
+        peer, handed_over = self._peers.get(front_end), False
         try:
             if peer is None or not peer.take_over():
-                peer = self._front_ends[front_end] = FrontEnd()
+                peer = self._peers[front_end] = Peer()
                 peer.told = News(self._meter.load(), 0)
                 yield [peer.told]
             for _ in range(STREAM_MESSAGES):
@@ -151,10 +151,10 @@ class EngineWorker:
             if peer is not None and not handed_over:
                 await self._left(front_end, peer)
 
-    async def _left(self, front_end: str, peer: FrontEnd) -> None:
+    async def _left(self, front_end: str, peer: Peer) -> None:
         """Abort the legs of a front end that is gone, and release what it had not settled."""
-        if self._front_ends.get(front_end) is peer:
-            del self._front_ends[front_end]
+        if self._peers.get(front_end) is peer:
+            del self._peers[front_end]
         await self._abort(list(peer.legs))
         if peer.handoffs:
             self._counts["orphans"] += len(peer.handoffs)
@@ -173,7 +173,7 @@ class EngineWorker:
 
     def needed_tokens(self) -> float:
         """How many tokens of the KV here somebody needs or is likely to need."""
-        handoffs = [params for peer in self._front_ends.values() for params in peer.handoffs.values()]
+        handoffs = [params for peer in self._peers.values() for params in peer.handoffs.values()]
         waiting = sum(Handoff.from_params(params).tokens for params in handoffs)
         return self._meter.needed_tokens(time.monotonic()) + waiting
 
@@ -203,7 +203,7 @@ class EngineWorker:
                     self._metrics.stepped(outputs)
                 self._meter.stepped(outputs, self._stepped)
                 for front_end, batch in self._by_front_end(outputs).items():
-                    self._front_ends[front_end].queue.put_nowait(batch)
+                    self._peers[front_end].queue.put_nowait(batch)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # whatever it was, nobody hands out tokens any more: the worker has to go
@@ -214,7 +214,7 @@ class EngineWorker:
         while self._dead is None:
             await asyncio.sleep(PERIOD_S)
             load = self._meter.load()
-            for peer in self._front_ends.values():
+            for peer in self._peers.values():
                 news = News(load, peer.came)
                 if news != peer.told:
                     peer.told = news
@@ -223,7 +223,7 @@ class EngineWorker:
     def _die(self, why: str) -> None:
         self._dead = why
         logger.error("engine %s died: %s", self.engine.facts.engine_id, why)
-        for peer in self._front_ends.values():
+        for peer in self._peers.values():
             peer.end()
 
     async def _notice_hang(self, hang_s: float) -> None:
@@ -257,7 +257,7 @@ class EngineWorker:
 
         self._counts["pulls_hung"] += 1
         logger.warning("the pull of leg %s hangs and is given up", leg_id)
-        peer = self._front_ends.get(self._owner.get(leg_id, ""))
+        peer = self._peers.get(self._owner.get(leg_id, ""))
         await self._abort([leg_id])
         if peer is not None:
             failed = EngineCoreOutput(leg_id, [], finish_reason=FinishReason.ERROR)
@@ -270,7 +270,7 @@ class EngineWorker:
             slept = time.monotonic()
             await asyncio.sleep(period)
             now = time.monotonic()
-            for name, peer in self._front_ends.items():
+            for name, peer in self._peers.items():
                 if now - slept > 2 * period:
                     peer.heard = now  # it was this process that stood still
                 elif now - peer.heard > FRONT_END_SILENCE_S:
@@ -289,12 +289,12 @@ class EngineWorker:
             split.setdefault(front_end, []).append(output)
             if output.finished:
                 self._forget(output.request_id)
-                if output.kv_transfer_params and front_end in self._front_ends:
-                    self._front_ends[front_end].handoffs[output.request_id] = output.kv_transfer_params
+                if output.kv_transfer_params and front_end in self._peers:
+                    self._peers[front_end].handoffs[output.request_id] = output.kv_transfer_params
         return {
             front_end: type(outputs)(outputs=batch, timestamp=outputs.timestamp)
             for front_end, batch in split.items()
-            if front_end in self._front_ends
+            if front_end in self._peers
         }
 
     async def _release(self, handoffs: list[dict[str, Any]]) -> None:
@@ -313,7 +313,7 @@ class EngineWorker:
     def _forget(self, leg_id: str) -> None:
         self._pulls.over(leg_id)
         front_end = self._owner.pop(leg_id, None)
-        if front_end is not None and (peer := self._front_ends.get(front_end)) is not None:
+        if front_end is not None and (peer := self._peers.get(front_end)) is not None:
             peer.legs.discard(leg_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -321,7 +321,7 @@ class Fabric:
 
     async def settle(self) -> None:
         """Let the workers notice that a front end has left."""
-        while any(worker._front_ends for pool in self.pools.values() for worker in pool):
+        while any(worker._peers for pool in self.pools.values() for worker in pool):
             await asyncio.sleep(0.01)
 
     async def close(self) -> None:

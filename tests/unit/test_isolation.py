@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from vllm.sampling_params import SamplingParams
 
-from kv_transfer.front_end import WrongApplication, WrongIncarnation
+from kv_transfer.peer import WrongApplication, WrongIncarnation
 from kv_transfer.settings import EngineSettings, TransportSettings
 from kv_transfer.worker import EngineWorker
 from runtime.config_file import parse

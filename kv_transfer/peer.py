@@ -1,4 +1,4 @@
-"""What a worker keeps for each front end, and why it turns a caller away."""
+"""A front end as a worker knows it, and why a worker turns a caller away."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class NoStream(Exception):
 
 
 @dataclass
-class FrontEnd:
-    """What a worker keeps for one front end: its stream's queue, its legs, and the blocks that wait to be pulled."""
+class Peer:
+    """What a worker keeps of one front end: its stream's queue, its legs, and the blocks that wait to be pulled."""
 
     queue: asyncio.Queue[EngineCoreOutputs | News | None] = field(default_factory=asyncio.Queue)
     legs: set[str] = field(default_factory=set)
