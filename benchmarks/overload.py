@@ -28,6 +28,7 @@ import aiohttp
 import yaml
 
 from benchmarks.servers import ROOT, running
+from benchmarks.streams import percentile
 
 MARK = "BATON_BENCHMARK"
 SIMULATOR = {"prefill_tokens_per_s": 800, "step_base_s": 0.05, "max_batch_requests": 32, "max_step_tokens": 512}
@@ -42,7 +43,6 @@ class Outcome:
     sent: float  # seconds from the start of its phase
     status: int
     first_token_s: float = float("inf")
-    took_s: float = float("inf")
     whole: bool = False
     typed: bool = False
 
@@ -70,7 +70,7 @@ class Client:
         except aiohttp.ClientError:
             return Outcome(sent, 0)
         whole = b"[DONE]" in end and b'"finish_reason":"length"' in end
-        return Outcome(sent, 200, first, time.perf_counter() - started, whole)
+        return Outcome(sent, 200, first, whole)
 
     async def load(self, rate: float, seconds: float) -> list[asyncio.Task[Outcome]]:
         """So many requests a second for so long; those that are still running when the time is over run on."""
@@ -136,11 +136,6 @@ async def capacity(client: Client, seconds: float, streams: int) -> float:
     return ended / seconds
 
 
-def quantile(values: list[float], part: float) -> float:
-    """A quantile, infinite when there are no values."""
-    return sorted(values)[min(len(values) - 1, int(part * len(values)))] if values else float("inf")
-
-
 async def measure(url: str, model: str, mark: str, asked: argparse.Namespace) -> dict[str, Any]:
     """All phases against one server."""
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=600)
@@ -149,7 +144,7 @@ async def measure(url: str, model: str, mark: str, asked: argparse.Namespace) ->
         await capacity(client, 5, 4)  # warms up
         full = await capacity(client, asked.probe, 24)
         light = await asyncio.gather(*await client.load(0.3 * full, asked.probe))
-        normal = quantile([o.first_token_s for o in light], 0.95)
+        normal = percentile([o.first_token_s for o in light], 0.95)
         peak = 0.0
         for part in (0.7, 0.9, 1.0):
             outcomes = await asyncio.gather(*await client.load(part * full, asked.probe))
@@ -183,7 +178,7 @@ def show(name: str, found: dict[str, Any], asked: argparse.Namespace) -> None:
     memory = found["memory"][: int(asked.seconds)]
     third = max(1, len(memory) // 3)
     first, last = statistics.median(memory[third : 2 * third]), statistics.median(memory[-third:])
-    firsts = found["first"]
+    median, p99 = (percentile(found["first"] or [float("inf")], part) for part in (0.5, 0.99))
     statuses = ", ".join(f"{status or 'no answer'}: {count}" for status, count in sorted(found["statuses"].items()))
     print(f"{name}")
     print(f"  capacity                   {found['capacity']:.1f} requests/s")
@@ -191,7 +186,7 @@ def show(name: str, found: dict[str, Any], asked: argparse.Namespace) -> None:
     print(f"  goodput at {asked.times:g} times        {found['goodput']:.1f} requests/s "
           f"({found['goodput'] / found['peak']:.0%} of the best)")  # fmt: skip
     print(f"  statuses                   {statuses}; refusals without a type: {found['untyped']}")
-    print(f"  first token, of those answered: median {quantile(firsts, 0.5):.2f} s, p99 {quantile(firsts, 0.99):.2f} s")
+    print(f"  first token, of those answered: median {median:.2f} s, p99 {p99:.2f} s")
     print(f"  memory, second and last third: {first:.0f} MB, {last:.0f} MB ({last / first - 1:+.1%})")
     print(f"  normal first token (p95)   {found['normal']:.2f} s; the last one over 1.5 times that was sent "
           f"{found['recovered']:.1f} s after the load's end")  # fmt: skip
