@@ -187,13 +187,21 @@ async def test_a_client_leaves_as_its_prefill_ends(make: Callable[..., Any], mon
     await nothing_left(fabric, front_end)
 
 
-async def test_the_last_decode_worker_dies_while_it_pulls(make: Callable[..., Any]) -> None:
-    """The request goes on whole on the prefill worker, whose blocks are free although nobody is left to pull."""
+async def hung_pull(make: Callable[..., Any]) -> tuple[Fabric, FrontEnd, Worker, asyncio.Task[list[int]]]:
+    """One worker of each role, of which the decode worker hangs as it pulls for a request, and that request."""
     fabric, front_end = await make(workers=1)
     decode = fabric.pools["decode"][0]
     decode.simulated.faults.hang_pulls = 1
-    running = asyncio.ensure_future(read(front_end, "r", list(range(500)), 20))
-    await _fetching(decode)
+    request = asyncio.create_task(read(front_end, "r", list(range(500)), 20))
+    async with asyncio.timeout(10):
+        while not decode.simulated.state()["fetching"]:
+            await asyncio.sleep(0.01)
+    return fabric, front_end, decode, request
+
+
+async def test_the_last_decode_worker_dies_while_it_pulls(make: Callable[..., Any]) -> None:
+    """The request goes on whole on the prefill worker, whose blocks are free although nobody is left to pull."""
+    fabric, front_end, decode, running = await hung_pull(make)
     fabric.kill(decode, replace_after_s=60)
     assert await running == answer(list(range(500)), 20)
     await nothing_left(fabric, front_end)
@@ -201,11 +209,7 @@ async def test_the_last_decode_worker_dies_while_it_pulls(make: Callable[..., An
 
 async def test_a_decode_worker_dies_before_it_can_abort(make: Callable[..., Any]) -> None:
     """A client leaves during a pull, and the decode worker that was told so dies: the blocks are free soon."""
-    fabric, front_end = await make(workers=1)
-    decode = fabric.pools["decode"][0]
-    decode.simulated.faults.hang_pulls = 1
-    leaver = asyncio.ensure_future(read(front_end, "r", list(range(500)), 5))
-    await _fetching(decode)
+    fabric, front_end, decode, leaver = await hung_pull(make)
     fabric.swallows = "decode"
     leaver.cancel()
     await asyncio.wait({leaver})
@@ -215,13 +219,6 @@ async def test_a_decode_worker_dies_before_it_can_abort(make: Callable[..., Any]
     fabric.kill(decode)
     fabric.swallows = None
     await nothing_left(fabric, front_end)
-
-
-async def _fetching(worker: Worker) -> None:
-    """Wait until a worker pulls."""
-    async with asyncio.timeout(10):
-        while not worker.simulated.state()["fetching"]:
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
