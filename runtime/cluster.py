@@ -1,7 +1,7 @@
 """A request's life. The cluster is to vLLM's front end what one engine core is to a plain vLLM server.
 
 `Cluster` implements vLLM's `EngineCoreClient`: `EngineCoreRequest` in, `EngineCoreOutputs` out. Read `Cluster._serve`
-first: plan, prefill, decode, go on after a loss, settle.
+first: plan, prefill, decode, go on after a loss, settle. What is asked of all workers alike is in `every_worker.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
-from vllm.v1.engine.core_client import EngineCoreClient
 
 from decode.request import decode_leg
 from decode.resume import is_exact, why_not_resumable
@@ -25,6 +24,7 @@ from prefill.request import prefill_leg
 from runtime.account import Charge, charges
 from runtime.client_view import ClientView, StreamClock
 from runtime.errors import BatonError, LegFailed, PullFailed, Refusal, Unrecoverable, WorkerDrained, WorkerLost
+from runtime.every_worker import EveryWorker
 from runtime.fleet import Fleet
 from runtime.limit_settings import LimitSettings
 from runtime.link import Link
@@ -56,7 +56,7 @@ class Resources:
     engine_dead: bool = False
 
 
-class Cluster(EngineCoreClient):
+class Cluster(EveryWorker):
     """vLLM's engine core client over two pools of workers."""
 
     def __init__(
@@ -362,40 +362,6 @@ class Cluster(EngineCoreClient):
     async def get_supported_tasks_async(self) -> tuple[Any, ...]:
         """Baton serves text generation."""
         return ("generate",)
-
-    async def add_lora_async(self, lora_request: Any) -> bool:
-        """Load an adapter on every worker."""
-        return all(await self._broadcast("add_lora", lora_request))
-
-    async def remove_lora_async(self, lora_id: int) -> bool:
-        """Unload an adapter on every worker."""
-        return all(await self._broadcast("remove_lora", lora_id))
-
-    async def list_loras_async(self) -> set[int]:
-        """Adapters that every worker has."""
-        loras: list[set[int]] = [set(answer) for answer in await self._broadcast("list_loras")]
-        return set.intersection(*loras) if loras else set()
-
-    async def pin_lora_async(self, lora_id: int) -> bool:
-        """Pin an adapter on every worker."""
-        return all(await self._broadcast("pin_lora", lora_id))
-
-    async def reset_prefix_cache_async(
-        self, reset_running_requests: bool = False, reset_connector: bool = False
-    ) -> bool:
-        """Empty every worker's prefix cache; False while any block is held."""
-        return all(await self._broadcast("reset_prefix_cache", reset_running_requests, reset_connector))
-
-    async def reset_mm_cache_async(self) -> None:
-        """Empty every worker's multimodal cache."""
-        await self._broadcast("reset_mm_cache")
-
-    async def reset_encoder_cache_async(self) -> None:
-        """Empty every worker's encoder cache."""
-        await self._broadcast("reset_encoder_cache")
-
-    async def _broadcast(self, method: str, *args: Any) -> list[Any]:
-        return list(await asyncio.gather(*(link.call(method, *args) for link in self.fleet.links())))
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Let go of the workers; they abort what was ours."""
