@@ -39,8 +39,6 @@ from runtime.waiting_room import WaitingRoom
 
 logger = logging.getLogger("baton.cluster")
 
-TIDY_S = 1.0
-
 FAILED_PULLS = 2
 """After so many failed pulls a request runs whole on one worker: its next pull could hang as long again."""
 
@@ -82,11 +80,6 @@ class Cluster(EveryWorker):
         self._legs: dict[str, Leg] = {}
         self._pins: dict[str, Plan] = {}
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
-        self._tidying: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin to tidy up now and then."""
-        self._tidying = asyncio.get_running_loop().create_task(self._keep_tidy(), context=contextvars.Context())
 
     # A request's life
 
@@ -218,7 +211,7 @@ class Cluster(EveryWorker):
             self._leave(leg, link)
             raise
         finally:
-            if leg.abandoned_at is None:
+            if not leg.abandoned:
                 self._legs.pop(leg.id, None)
             self.room.poke()
 
@@ -230,7 +223,8 @@ class Cluster(EveryWorker):
             return
         link.send([leg.id])
         if not leg.decodes:
-            leg.abandoned_at = time.monotonic()
+            leg.abandoned = True
+            asyncio.get_running_loop().call_later(ABANDONED_KEEP_S, self._legs.pop, leg.id, None)
         elif leg.live.handoff is not None and link.lost is None:
             self.ledger.entrust(leg.live.handoff, leg.engine_id)
             leg.live.handoff = None
@@ -284,7 +278,7 @@ class Cluster(EveryWorker):
             live.handoff = None
 
     def _prefilled(self, leg: Leg, output: EngineCoreOutput) -> None:
-        if leg.abandoned_at is None:
+        if not leg.abandoned:
             resolve(leg, output)
             return
         self._legs.pop(leg.id, None)
@@ -312,19 +306,10 @@ class Cluster(EveryWorker):
         """Plan every request of a lost worker again; `drained`: it was to go anyway."""
         self.ledger.forget(engine_id)
         for leg in [leg for leg in self._legs.values() if leg.engine_id == engine_id]:
-            if leg.abandoned_at is None:
-                resolve(leg, WorkerDrained(engine_id, why) if drained else WorkerLost(engine_id, why))
-            else:
+            if leg.abandoned:
                 self._legs.pop(leg.id)
-
-    async def _keep_tidy(self) -> None:
-        """Drop aborted prefill legs that were never heard of again."""
-        while True:
-            await asyncio.sleep(TIDY_S)
-            now = time.monotonic()
-            for leg in list(self._legs.values()):
-                if leg.abandoned_at is not None and now - leg.abandoned_at > ABANDONED_KEEP_S:
-                    del self._legs[leg.id]
+            else:
+                resolve(leg, WorkerDrained(engine_id, why) if drained else WorkerLost(engine_id, why))
 
     def _finish(self, live: LiveRequest, reason: FinishReason) -> None:
         output = EngineCoreOutput(request_id=live.id, new_token_ids=[], finish_reason=reason)
@@ -365,8 +350,6 @@ class Cluster(EveryWorker):
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Let go of the workers; they abort what was ours."""
-        if self._tidying is not None:
-            self._tidying.cancel()
         for live in list(self._live.values()):
             if live.task is not None:
                 live.task.cancel()

@@ -156,7 +156,6 @@ async def start_front_end(
     application = application or config.name
     cluster.fleet.follow(application)
     placement.cache.follow(application, (handle.deployment_name for handle in handles.values()))
-    cluster.start()
     for name in COMPLAINERS:
         logging.getLogger(name).addFilter(not_a_refusal)
     warmer = Warmer(llm, cluster)

@@ -26,7 +26,7 @@ class Leg:
     charge: Charge
     decodes: bool
     done: asyncio.Future[EngineCoreOutput]
-    abandoned_at: float | None = None
+    abandoned: bool = False  # a prefill leg that was told to abort, and may have ended before
 
 
 @dataclass(eq=False)

@@ -384,7 +384,6 @@ class FrontEnd:
         """Follow the fabric until both pools are warm."""
         self._reader = asyncio.ensure_future(self._read())
         self.cluster.fleet.follow(self.fabric.application)
-        self.cluster.start()
         self.cluster.placement.cache.follow(self.fabric.application, ROLES)
         self.warmer.start()
         await asyncio.wait_for(self.warmer.both_pools(), 30)
