@@ -118,6 +118,8 @@ class Link:
         try:
             while True:
                 commands = await self._next_commands()
+                if self.lost is not None:  # `wait_for` swallows a cancel that comes in the same moment as a command
+                    return
                 while not self._commands.empty():
                     commands.append(self._commands.get_nowait())
                 settled, self._settled = self._settled, []
