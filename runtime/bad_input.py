@@ -20,8 +20,13 @@ logger = logging.getLogger("baton.frontend")
 STUMBLES = (AttributeError, LookupError, RecursionError, AssertionError, ArithmeticError)
 """What code raises that expected something else. Other exceptions are left to vLLM's handlers."""
 
-CHECKS = (("starlette/requests.py", "json"), ("fastapi/_compat/v2.py", "validate"))
-"""Where the body is decoded and validated: file and function. What runs inside of them has only the body to see."""
+CHECKS = (
+    ("starlette/requests.py", "json"),
+    ("fastapi/_compat/v2.py", "validate"),
+    ("openai/responses/utils.py", "_construct_message_from_response_item"),
+)
+"""Where the body is decoded, validated and turned into messages: file and function. What runs inside of them has only
+the body to see."""
 
 
 def answer_bad_input(app: FastAPI) -> None:
