@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.streams import Stream, follow
 
@@ -77,9 +78,9 @@ class Client:
     async def plans(self) -> Counter[str]:
         """How many requests Baton gave each plan, and why; vLLM's own server tells none."""
         async with self._session.get("/metrics") as response:
-            lines = (await response.text()).splitlines()
-        pairs = (line.rsplit(" ", 1) for line in lines if line.startswith("baton_plans_total{"))
-        return Counter({name.removeprefix("baton_plans_total"): int(float(value)) for name, value in pairs})
+            families = text_string_to_metric_families(await response.text())
+        samples = (sample for family in families for sample in family.samples if sample.name == "baton_plans_total")
+        return Counter({f"{s.labels['plan']}: {s.labels['reason']}": int(s.value) for s in samples})
 
 
 async def warm(client: Client, given: argparse.Namespace) -> float:

@@ -97,7 +97,8 @@ class FleetMetrics:
         ]
         places = asyncio.Semaphore(AT_ONCE)
         texts = await asyncio.gather(*(self._ask(host, port, places) for _, host, port in asked))
-        mine = f'front_end="{self._me}"' if others else ""
+        # Also where there is no other: a series that changed its labels when one came would begin anew.
+        mine = f'front_end="{self._me}"'
         return await merged([(mine, own), *zip((labels for labels, _, _ in asked), texts, strict=True)])
 
     async def _ask(self, host: str, port: int, places: asyncio.Semaphore) -> str:
@@ -141,7 +142,7 @@ async def fetch_text(host: str, port: int) -> str:
 
 
 async def merged(texts: Iterable[tuple[str, str]]) -> str:
-    """Texts as one, each with labels for all of its lines (as they stand between the braces; empty for none)."""
+    """Texts as one, each with labels for all of its lines (as they stand between the braces)."""
     heads: dict[str, list[str]] = {}
     lines: dict[str, list[str]] = {}
     done = 0
@@ -155,7 +156,7 @@ async def merged(texts: Iterable[tuple[str, str]]) -> str:
                 if not family and len(head) < HEAD_LINES:
                     head.append(line)
             elif line:
-                family.append(_labelled(line, labels) if labels else line)
+                family.append(_labelled(line, labels))
             done += 1
             if done % PAUSE_LINES == 0:
                 await asyncio.sleep(0)

@@ -18,9 +18,13 @@ from runtime.pool_metrics import PoolMetrics
 
 HEAD = """# Metrics
 
-`/metrics` of a front end has everything: its own families, those of the other front ends (label `front_end`, with more
-than one), and those of every worker (labels `worker` and `pool`). Each worker also serves its own, at the host of its
-side channel and a free port (`metrics_port` in its facts). This page is generated from the code by `make docs`.
+`/metrics` of a front end has everything: its own families and those of the other front ends (label `front_end`), and
+those of every worker (labels `worker` and `pool`). Each worker also serves its own, at the host of its side channel and
+a free port (`metrics_port` in its facts). This page is generated from the code by `make docs`.
+
+Where Prometheus scrapes several front ends, each of them tells all of this, so that a series is there once for each
+(label `instance`). Take the `max` before you add up: `sum(max by (worker) (vllm:num_requests_running))`,
+`sum(max by (front_end) (rate(baton_requests_total{outcome="done"}[5m])))`. Ratios of two sums need no such care.
 
 Label values are bounded: pools, states, reasons and kinds are closed sets in the code; `worker` has a value for each
 living worker.

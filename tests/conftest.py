@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import httpx
 import hypothesis
+from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parent.parent
 MODEL = "SmolLM2-135M-Instruct"
@@ -89,6 +90,12 @@ class Server:
     def ray_address(self) -> str:
         """Of this server's own Ray cluster."""
         return ray_address(self.mark)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A metric's value, summed over all of its series that have these labels."""
+        families = text_string_to_metric_families(self.client.get("/metrics").text)
+        samples = (sample for family in families for sample in family.samples if sample.name == name)
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
     def engine_cores(self, deployment: str) -> list[int]:
         """Processes of a deployment's real engine cores: children of its replicas."""

@@ -22,6 +22,10 @@ class Prometheus:
     def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
         self._client = httpx.Client(base_url=url.rstrip("/"), timeout=30, transport=transport)
 
+    def close(self) -> None:
+        """Ask no more."""
+        self._client.close()
+
     def evidence(self, selector: str, seconds: float, step_s: int = 60) -> Evidence:
         """What is known of a revision for the last `seconds`, its speed for each `step_s` of them.
 
@@ -43,11 +47,11 @@ class Prometheus:
         )
 
     def _sum(self, series: str, span: str) -> float:
-        answer = self._query("query", query=f"sum(increase({series}[{span}]))")
+        answer = self._query("query", query=_summed(series, span))
         return float(answer[0]["value"][1]) if answer else 0.0
 
     def _histogram(self, name: str, selector: str, span: str) -> Histogram:
-        answer = self._query("query", query=f"sum(increase({vllm(name, selector)}[{span}])) by (le)")
+        answer = self._query("query", query=_summed(vllm(name, selector), span, "le"))
         upto = sorted((float(item["metric"]["le"]), float(item["value"][1])) for item in answer)
         counts, before = [], 0.0
         for _, cumulative in upto:
@@ -76,6 +80,12 @@ class Prometheus:
             raise NoEvidence(f"{self._client.base_url}: {answer.get('error', response.status_code)}")
         result: list[Any] = answer["data"]["result"]
         return result
+
+
+def _summed(series: str, span: str, *by: str) -> str:
+    """What was counted in a span by all front ends. Each tells what the others have counted, too, once an instance."""
+    told = f"sum by ({', '.join(('instance', 'front_end', *by))}) (increase({series}[{span}]))"
+    return f"sum by ({', '.join(by)}) (max by ({', '.join(('front_end', *by))}) ({told}))"
 
 
 def vllm(name: str, selector: str) -> str:

@@ -160,8 +160,9 @@ def _scale(settings: KubernetesSettings) -> Object:
     if pods.autoscaler == "hpa":
         return {**bounds, "scaleMetric": "cpu", "scaleTarget": pods.target}
     if pods.autoscaler == "keda":
-        # KServe honours `value` alone, and puts no label into the query: it is scoped here.
-        query = f'sum({RUNNING}{{baton_name="{settings.name}"}})'
+        # KServe honours `value` alone, and puts no label into the query: it is scoped here. Every predictor tells of
+        # every worker.
+        query = f'sum(max by (worker) ({RUNNING}{{baton_name="{settings.name}"}}))'
         metric = {"backend": "prometheus", "serverAddress": settings.prometheus_url, "query": query}
         external = {"metric": metric, "target": {"type": "Value", "value": str(pods.target)}}
         return {**bounds, "autoScaling": {"metrics": [{"type": "External", "external": external}]}}

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,18 @@ STEP_S = 2
 
 
 @contextmanager
-def prometheus(folder: Path, ports: dict[str, int], every: str = "500ms") -> Iterator[str]:
-    """Its URL. `ports`: where each revision of the service `llm` exports its metrics."""
+def prometheus(
+    folder: Path, ports: dict[str, int], every: str = "500ms", hosts: Sequence[str] = ("127.0.0.1",)
+) -> Iterator[str]:
+    """Its URL. `ports`: where each revision of the service `llm` exports its metrics.
+
+    `hosts`: names of this machine; each is scraped as if a front end of its own told the same.
+    """
     binary = shutil.which("prometheus")
     if not binary:
         pytest.skip("no prometheus: install it (Debian has a package)")
     targets = [
-        {"targets": [f"127.0.0.1:{port}"], "labels": {"baton_name": "llm", "baton_revision": revision}}
+        {"targets": [f"{host}:{port}" for host in hosts], "labels": {"baton_name": "llm", "baton_revision": revision}}
         for revision, port in ports.items()
     ]
     scrape = {"job_name": "baton", "scrape_interval": every, "scrape_timeout": every, "static_configs": targets}

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_
 
 from kserve_adapter.canary.command import EXIT
 from kserve_adapter.canary.judge import Verdict
+from kserve_adapter.canary.prometheus import Prometheus
 from tests.canary.scraped import baton_canary, prometheus
 from tests.conftest import free_port
 
@@ -66,7 +67,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     traffic = threading.Thread(target=drive, args=(list(revisions.values()), over))
     ports = {name: revision.port for name, revision in revisions.items()}
     try:
-        with prometheus(tmp_path_factory.mktemp("prometheus"), ports) as url:
+        with prometheus(tmp_path_factory.mktemp("prometheus"), ports, hosts=("127.0.0.1", "localhost")) as url:
             traffic.start()
             time.sleep(WATCH_S)
             yield url
@@ -105,6 +106,16 @@ def test_judge(watched: str, canary: str, verdict: Verdict, reason: str) -> None
     assert status == EXIT[verdict], (told, err)
     assert told["verdict"] == verdict.value
     assert told["reasons"][0].startswith(reason), told
+
+
+def test_what_two_front_ends_tell_counts_once(watched: str) -> None:
+    """Each tells what the other has counted, too; evidence is not to double with them."""
+    seconds, sent_each_s = 20.0, 30 / 0.2
+    server = Prometheus(watched)
+    evidence = server.evidence('baton_name="llm",baton_revision="good"', seconds)
+    server.close()
+    assert 0 < evidence.requests <= 1.2 * seconds * sent_each_s
+    assert 0 < sum(evidence.ttft.counts) <= 1.2 * seconds * sent_each_s
 
 
 def test_watch_ends_at_a_rollback(watched: str) -> None:

@@ -199,6 +199,8 @@ def queries_name_what_exists(objects: Objects) -> Iterator[str]:
     for query in queries(objects):
         (metric,) = re.findall(r"([a-z_:]+)\{", query)
         labels = dict(re.findall(r'(\w+)="([^"]*)"', query))
+        if query.startswith("sum(") and not query.startswith("sum(max by"):
+            yield f"{query}: adds up what every front end tells"
         if metric not in KNOWN_METRICS:
             yield f"{query}: there is no metric {metric}"
         if unknown := set(labels) - carried - {"pool"}:

@@ -172,11 +172,15 @@ RULE_MUTATIONS = {
     "open to all": ("standard-kuberay", put("NetworkPolicy", "spec.ingress", [{}])),
     "a metric that is not": (
         "standard-keda",
-        put("ScaledObject", "spec.triggers.0.metadata.query", 'sum(baton_queue{baton_name="example-llm"})'),
+        put("ScaledObject", "spec.triggers.0.metadata.query", 'max(baton_queue{baton_name="example-llm"})'),
     ),
     "a label that is not": (
         "standard-keda",
-        put("ScaledObject", "spec.triggers.0.metadata.query", 'sum(baton_pool_queue_depth{app="example-llm"})'),
+        put("ScaledObject", "spec.triggers.0.metadata.query", 'max(baton_pool_queue_depth{app="example-llm"})'),
+    ),
+    "each front end's sum": (
+        "standard-keda",
+        put("ScaledObject", "spec.triggers.0.metadata.query", 'sum(baton_pool_queue_depth{baton_name="example-llm"})'),
     ),
     "labels not carried": ("standard-keda", put("PodMonitor", "spec.podTargetLabels", [])),
     "a format that renames": ("standard-keda", put("PodMonitor", "spec.scrapeProtocols", None)),

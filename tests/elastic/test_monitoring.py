@@ -88,7 +88,7 @@ def test_an_alert_fires(elastic: Server, monitoring: Monitoring) -> None:
         return bool(state["load"]["ready"] == state["answer"]["workers"] == 1 and not state["load"]["draining"])
 
     assert wait_for(calm, REPLACED_S)  # who drains is not lost
-    lost = 'sum(baton_workers_lost_total{pool="decode"})'
+    lost = 'max(baton_workers_lost_total{pool="decode"})'
     (before,) = monitoring.ask(lost)
     assert not monitoring.alerts("BatonWorkersRestarting")
     for kill in range(3):

@@ -58,7 +58,7 @@ def test_a_stream_outlives_its_decode_engine(server: Server, pools: Pools) -> No
     tokens = [token for chunk in chunks if chunk["logprobs"] for token in chunk["logprobs"]["tokens"]]
     assert tokens == whole["choices"][0]["logprobs"]["tokens"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (whole["usage"]["prompt_tokens"], 60)
-    assert 'baton_recoveries_total{fault="WorkerLost",kind="resumed"} 1.0' in server.client.get("/metrics").text
+    assert _resumed(server) == 1
 
     # Until it is replaced the prefill worker answers alone.
     assert server.complete(**COUNTING)["choices"][0]["text"] == whole["choices"][0]["text"]
@@ -89,6 +89,4 @@ def test_a_grammar_outlives_its_decode_engine(server: Server, pools: Pools) -> N
 
 
 def _resumed(server: Server) -> float:
-    name = 'baton_recoveries_total{fault="WorkerLost",kind="resumed"} '
-    lines = server.client.get("/metrics").text.splitlines()
-    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+    return server.metric("baton_recoveries_total", fault="WorkerLost", kind="resumed")

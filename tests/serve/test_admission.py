@@ -37,8 +37,7 @@ def post(server: Server, path: str = "/v1/completions", tokens: int = LONG, **mo
 
 def waiting(server: Server) -> float:
     """Requests that wait at the front end, by its own metric."""
-    lines = httpx.get(server.url + "/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("baton_waiting_requests{"))
+    return server.metric("baton_waiting_requests")
 
 
 @contextmanager
@@ -72,10 +71,7 @@ def test_refused_before_the_response_starts(server: Server, path: str, stream: b
 
 def refused(server: Server, reason: str) -> int:
     """How many were refused for this reason, by the metric."""
-    for line in httpx.get(server.url + "/metrics").text.splitlines():
-        if line.startswith(f'baton_refusals_total{{reason="{reason}"}}'):
-            return int(float(line.split()[-1]))
-    return 0
+    return int(server.metric("baton_refusals_total", reason=reason))
 
 
 def test_choices_are_refused_together(server: Server, pools: Pools) -> None:

@@ -112,10 +112,11 @@ baton_worker_pulls_total 3.0
 async def test_a_scrape_of_many_is_one_valid_text() -> None:
     """Each family once, with its head, and each line with the labels of where it is from."""
     own = "# HELP baton_plans_total Plans.\n# TYPE baton_plans_total counter\nbaton_plans_total 1.0\n"
-    text = await merged([("", own), *((f'worker="{n}",pool="decode"', WORKER) for n in "ab")])
+    text = await merged([('front_end="f"', own), *((f'worker="{n}",pool="decode"', WORKER) for n in "ab")])
     parsed = {family.name: family for family in text_string_to_metric_families(text)}
     assert set(parsed) == {"baton_plans", "vllm:kv_cache_usage_perc", "baton_worker_pulls"}
     assert text.count("# TYPE") == 3
+    assert parsed["baton_plans"].samples[0].labels == {"front_end": "f"}
     labels = [sample.labels for sample in parsed["vllm:kv_cache_usage_perc"].samples]
     assert labels == [{"worker": n, "pool": "decode", "engine": "0"} for n in "ab"]
     assert [sample.labels for sample in parsed["baton_worker_pulls"].samples] == [
