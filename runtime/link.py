@@ -118,8 +118,6 @@ class Link:
         try:
             while True:
                 commands = await self._next_commands()
-                if self.lost is not None:  # `wait_for` swallows a cancel that comes in the same moment as a command
-                    return
                 while not self._commands.empty():
                     commands.append(self._commands.get_nowait())
                 settled, self._settled = self._settled, []
@@ -137,7 +135,8 @@ class Link:
     async def _next_commands(self) -> list[Command]:
         """The next command; none after a while, which tells the worker that this front end is alive."""
         try:
-            return [await asyncio.wait_for(self._commands.get(), HEARTBEAT_S)]
+            async with asyncio.timeout(HEARTBEAT_S):  # `wait_for` swallows a cancel that comes as a command does
+                return [await self._commands.get()]
         except TimeoutError:
             return []
 

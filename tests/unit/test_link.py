@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from kv_transfer.engine import EngineFacts
 from runtime.link import Link
 from runtime.stream_reader import StreamReader
@@ -76,6 +78,25 @@ async def test_a_lost_link_sends_no_more() -> None:
     await asyncio.sleep(0)
     assert handle.taken == [["taken"]]
     assert lost == ["enough"]
+
+
+@pytest.mark.parametrize("steps", range(5))
+async def test_a_link_that_is_lost_as_a_command_comes_sends_no_more(steps: int) -> None:
+    """However far the writer has got with the command, so many steps of the loop after it."""
+    handle, reader = Handle(), StreamReader()
+    quiet: Any = lambda link, what: None  # noqa: E731
+    link = Link(handle, FACTS, "f", "the token", lambda batch: None, quiet, quiet, reader)  # type: ignore[arg-type]
+    link.send(["taken"])
+    await until(lambda: handle.taken)
+    await asyncio.sleep(0.01)  # the writer waits for the next one
+    link.send(["comes"])
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    taken = list(handle.taken)
+    link.close("enough")
+    reader.close()
+    await asyncio.sleep(0.01)
+    assert handle.taken == taken
 
 
 async def test_outputs_that_can_not_be_taken_lose_the_link() -> None:
