@@ -91,11 +91,15 @@ class Server:
         """Of this server's own Ray cluster."""
         return ray_address(self.mark)
 
-    def metric(self, name: str, **labels: str) -> float:
-        """A metric's value, summed over all of its series that have these labels."""
+    def values(self, name: str, **labels: str) -> list[float]:
+        """A metric's values, of all of its series that have these labels; the front end that is asked tells of all."""
         families = text_string_to_metric_families(self.client.get("/metrics").text)
         samples = (sample for family in families for sample in family.samples if sample.name == name)
-        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+        return [sample.value for sample in samples if labels.items() <= sample.labels.items()]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of `values`."""
+        return sum(self.values(name, **labels))
 
     def engine_cores(self, deployment: str) -> list[int]:
         """Processes of a deployment's real engine cores: children of its replicas."""

@@ -48,8 +48,7 @@ class Mischief:
 
     def kill_front_end(self) -> None:
         """SIGKILL of a front end, unless it is the only one that listens."""
-        port = urlsplit(self._server.url).port
-        listening = [pid for pid in self._server.pids("front-end") if _listens(pid, port)]
+        listening = _listening(urlsplit(self._server.url).port).intersection(self._server.pids("front-end"))
         pids = [pid for pid in self._victims("front-end") if pid in listening]
         if pids and len(listening) > 1:
             self.front_end_deaths.append(time.monotonic())
@@ -105,7 +104,7 @@ class Mischief:
             os.kill(pid, number)
 
 
-def _listens(pid: int, port: int | None) -> bool:
-    """Whether a front end is up: until then its process is there (Ray connects to it), but no client can."""
+def _listening(port: int | None) -> set[int | None]:
+    """Who listens. A front end that is not up yet is there as a process, but no client can connect to it."""
     sockets = psutil.net_connections("tcp")
-    return any(s.pid == pid and s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
+    return {s.pid for s in sockets if s.status == psutil.CONN_LISTEN and s.laddr.port == port}

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.chaos.load import Load
 from tests.chaos.mischief import Mischief
@@ -68,13 +66,5 @@ def test_nothing_is_lost(server: Server) -> None:
     assert wait_for(lambda: len(server.pids("front-end")) == 2, 120)
     assert wait_for(pools.quiet, 60)  # front ends and workers that came back have been warming each other
     assert pools.leases_expired() == 0
-    assert wait_for(lambda: outstanding(server) == [0.0, 0.0], 60), outstanding(server)
+    assert wait_for(lambda: server.values("baton_handoffs_outstanding") == [0.0, 0.0], 60)
     pools.close()
-
-
-def outstanding(server: Server) -> list[float]:
-    """What each front end says of its handoffs; whichever is asked tells the figures of all."""
-    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=30).text)
-    return [
-        sample.value for family in families if family.name == "baton_handoffs_outstanding" for sample in family.samples
-    ]
