@@ -42,10 +42,21 @@ def waiting(server: Server) -> float:
 
 @contextmanager
 def queue(server: Server, requests: int, **more: Any) -> Iterator[list[Future[httpx.Response]]]:
-    """So many long prompts, of which most wait; all are answered in the end."""
+    """So many long prompts, and more where a slow client let the first be served: a third of them wait.
+
+    All are answered in the end.
+    """
     with ThreadPoolExecutor(64) as threads:
         asked = [threads.submit(post, server, **more) for _ in range(requests)]
-        assert wait_for(lambda: waiting(server) > requests / 3, 10)
+
+        def enough_wait() -> bool:
+            if waiting(server) > requests / 3:
+                return True
+            served = sum(future.done() for future in asked)
+            asked.extend(threads.submit(post, server, **more) for _ in range(requests + served - len(asked)))
+            return False
+
+        assert wait_for(enough_wait, 30)
         yield asked
     assert {future.result().status_code for future in asked} == {200}
 
@@ -118,9 +129,11 @@ def test_a_deadline_drops_what_is_not_begun(server: Server, pools: Pools) -> Non
     before = pools.state("prefill")["prompt_tokens_computed"] + pools.state("decode")["prompt_tokens_computed"]
     with queue(server, 14) as first, ThreadPoolExecutor(64) as threads:
         late = threads.submit(post, server, tokens=5000, x_baton_priority="low", x_baton_deadline_ms=6000)
-        time.sleep(0.2)
-        assert not late.done()
-        more = [threads.submit(post, server, x_baton_priority="high") for _ in range(30)]
+        more: list[Future[httpx.Response]] = []
+        while not late.done():
+            if sum(not future.done() for future in more) < 30:
+                more.append(threads.submit(post, server, x_baton_priority="high"))
+            time.sleep(0.05)  # four times as fast as they are served
     response = late.result()
     assert response.status_code == 504, response.text
     assert response.json()["error"]["code"] == response.headers["x-baton-refusal"] == "deadline"
