@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.exceptions import VLLMClientError
 
 from runtime.errors import STATUS, Refusal, anthropic_body, openai_body, retry_after
 from runtime.insight import INSIGHT_PATHS
@@ -83,7 +84,7 @@ class Edge:
         except Exception as error:
             if exchange.refused:
                 logger.debug("the app failed over a refused request", exc_info=True)
-            elif isinstance(error.__cause__, ValueError) and not visit.started:
+            elif isinstance(error.__cause__, (ValueError, VLLMClientError)) and not visit.started:
                 # vLLM answers 400 for it elsewhere. Here it had begun a stream, whose start we hold.
                 visit.refuse(Refusal("malformed", f"The request can't be answered: {error.__cause__}"))
             else:

@@ -28,7 +28,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from decode.request import without_engine_args
-from runtime.bad_input import answer_bad_input
+from runtime.bad_input import answer_bad_input, checked_parameters
 from runtime.cache_view import CacheView
 from runtime.client_view import ClientView
 from runtime.cluster import Cluster
@@ -83,7 +83,8 @@ class FrontEndLLM(AsyncLLM):
         """As vLLM's, but without KV parameters of a client's own."""
         if isinstance(params, SamplingParams):
             params = without_engine_args(params)
-        return await super().add_request(request_id, prompt, params, *args, **kwargs)
+        with checked_parameters():
+            return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
     def sleeps(self) -> bool:
         """Whether both pools sleep on purpose, so that a request has to wake them."""

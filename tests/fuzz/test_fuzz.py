@@ -18,7 +18,8 @@ import pytest
 import requests
 import schemathesis
 
-from tests.fuzz.bodies import VALID, mutated
+from tests.conftest import MODEL
+from tests.fuzz.bodies import ASK, VALID, mutated
 from tests.fuzz.gateway import QUESTION, Gateway
 
 BODIES = int(os.environ.get("BATON_FUZZ_BODIES", "1500"))
@@ -66,6 +67,37 @@ def test_the_seeds_are_valid(gateway: Gateway) -> None:
             if answer.status != 200:
                 refused.append((path, number, answer))
     assert not refused
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "x", "max_tokens": 3, "bad_words": ["\ud800"]}),
+        ("/v1/chat/completions", {"messages": ASK, "max_tokens": 3, "bad_words": ["\ud800"]}),
+        ("/v1/responses", {"input": ASK, "max_output_tokens": 3, "stop_token_ids": [-1]}),
+        ("/v1/responses", {"input": ASK, "max_output_tokens": 3, "stop_token_ids": [-1], "stream": True}),
+    ],
+)
+def test_what_fuzzing_found(gateway: Gateway, path: str, body: dict[str, Any]) -> None:
+    """Parameters that vLLM stumbles over only on their way into the engine: 400, of streams, too."""
+    answer = gateway.run(gateway.send("POST", path, json.dumps({"model": MODEL, **body}).encode()))
+    assert (answer.status, answer.fault) == (400, ""), answer
+
+
+def test_a_fault_of_ours(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """It is a 500 in OpenAI's shape, and is in the log with its cause."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(gateway.front_end.llm.input_processor, "process_inputs", broken)
+    body = json.dumps(QUESTION).encode()
+    answer = gateway.run(gateway.send("POST", "/v1/completions", body))
+    monkeypatch.undo()
+    assert (answer.status, answer.fault) == (500, "")
+    assert json.loads(answer.body)["error"]["code"] == 500
+    assert [record.exc_info for record in caplog.records if "a request to /v1/completions failed" in record.message]
+    assert "a fault of ours" in caplog.text
 
 
 def test_mutated_bodies(gateway: Gateway, schema: dict[str, Any]) -> None:

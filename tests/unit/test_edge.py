@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message
+from vllm.exceptions import VLLMValidationError
 
 from runtime import edge
 from runtime.admission_settings import AdmissionSettings
@@ -305,7 +306,8 @@ async def test_open_requests_are_bounded() -> None:
 
 
 @pytest.mark.parametrize("stream_began", [False, True])
-async def test_a_body_that_breaks_the_stream_is_refused(*, stream_began: bool) -> None:
+@pytest.mark.parametrize("error", [ValueError("background may not be null"), VLLMValidationError("no such token")])
+async def test_a_body_that_breaks_the_stream_is_refused(*, error: Exception, stream_began: bool) -> None:
     """vLLM may notice that it can't answer only when it makes a stream's first event: no client gets a 500 for that."""
 
     async def events() -> AsyncIterator[str]:
@@ -314,7 +316,7 @@ async def test_a_body_that_breaks_the_stream_is_refused(*, stream_began: bool) -
             assert visit is not None
             visit.admitted = True
             yield "data: {}\n\n"
-        raise ValueError("background may not be null")
+        raise error
 
     async def respond(request: Request) -> Response:
         return StreamingResponse(events(), media_type="text/event-stream")
@@ -322,7 +324,8 @@ async def test_a_body_that_breaks_the_stream_is_refused(*, stream_began: bool) -
     async def bad(request: Request, error: Exception) -> Response:
         return JSONResponse({}, status_code=400)
 
-    app = Starlette(routes=[Route("/v1/responses", respond, methods=["POST"])], exception_handlers={ValueError: bad})
+    routes = [Route("/v1/responses", respond, methods=["POST"])]
+    app = Starlette(routes=routes, exception_handlers={type(error): bad})
     transport = httpx.ASGITransport(Edge(app, 1000, (), Reception(AdmissionSettings())))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         if stream_began:
@@ -331,4 +334,4 @@ async def test_a_body_that_breaks_the_stream_is_refused(*, stream_began: bool) -
             return
         response = await http.post("/v1/responses", json={})
     assert (response.status_code, response.headers["x-baton-refusal"]) == (400, "malformed")
-    assert "background may not be null" in response.json()["error"]["message"]
+    assert str(error) in response.json()["error"]["message"]
