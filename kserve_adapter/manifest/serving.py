@@ -75,7 +75,8 @@ def _runtime_spec(settings: KubernetesSettings) -> Object:
         "ports": [{"containerPort": HTTP_PORT, "protocol": "TCP"}],
         "resources": resources(settings.predictor.cpu, settings.predictor.memory),
         "securityContext": CONTAINER_SECURITY,
-        "lifecycle": pre_stop(),
+        # Knative has a hook of its own and refuses others.
+        **({"lifecycle": pre_stop()} if settings.mode == "standard" else {}),
         "startupProbe": {**live, "periodSeconds": 5, "failureThreshold": 60},
         "livenessProbe": {**live, "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 6},
         "readinessProbe": {**ready, "periodSeconds": 5, "timeoutSeconds": 3, "failureThreshold": 2},
@@ -142,7 +143,8 @@ def _predictor(revision: Revision) -> Object:
         "serviceAccountName": settings.name,
         "automountServiceAccountToken": False,
         "securityContext": POD_SECURITY,
-        "terminationGracePeriodSeconds": termination_s(revision.grace),
+        # Knative takes a pod's grace period from its requests' timeout alone, and refuses the pod's own field.
+        "terminationGracePeriodSeconds" if settings.mode == "standard" else "timeout": termination_s(revision.grace),
         "topologySpreadConstraints": [spread(own)],
         **_scale(settings),
         "model": model,

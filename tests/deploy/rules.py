@@ -98,22 +98,28 @@ def mounts_have_volumes(objects: Objects) -> Iterator[str]:
 def grace_periods_agree(objects: Objects) -> Iterator[str]:
     """Everybody's patience with a pod is what `limits.drain_s` in the settings of the pod's revision makes of it."""
     revisions = dict(revision_settings(objects))
+    notes = [item["metadata"]["annotations"] for item in of(objects, "InferenceService")]
+    knative = any(note["serving.kserve.io/deploymentMode"] == "Knative" for note in notes)
     for name, spec, labels in pod_templates(objects):
         config = revisions.get(labels["baton-revision"])
         if config is None:
             continue  # another rule says so
         grace, predictor = config.limits.grace, labels["baton-part"] == "predictor"
-        yield from (f"{name}: {problem}" for problem in _kubelets_patience(spec, grace))
+        yield from (f"{name}: {problem}" for problem in _kubelets_patience(spec, grace, predictor and knative))
         yield from (f"{name}: {problem}" for problem in _own_patience(spec["containers"][0], grace, predictor))
 
 
-def _kubelets_patience(spec: dict[str, Any], grace: GracePeriods) -> Iterator[str]:
-    """The pause, everybody's time after it, and the time to leave."""
-    if spec.get("terminationGracePeriodSeconds") != math.ceil(grace.pod_s):
-        yield f"terminationGracePeriodSeconds is not {grace.pod_s:g}"
+def _kubelets_patience(spec: dict[str, Any], grace: GracePeriods, knative: bool) -> Iterator[str]:
+    """Knative gives a pod its requests' timeout and a `preStop` of its own, and refuses the pod's."""
+    field, other = "terminationGracePeriodSeconds", "timeout"
     pause = {"preStop": {"exec": {"command": ["sleep", f"{grace.pre_stop_s:g}"]}}}
-    if spec["containers"][0].get("lifecycle") != pause:
-        yield f"its `lifecycle` is not {pause}"
+    wanted: dict[str, Any] | None = pause
+    if knative:
+        field, other, wanted = other, field, None
+    if spec.get(field) != math.ceil(grace.pod_s) or other in spec:
+        yield f"the kubelet is not told to wait for {grace.pod_s:g} s, by `{field}` alone"
+    if spec["containers"][0].get("lifecycle") != wanted:
+        yield f"its `lifecycle` is not {wanted}"
 
 
 def _own_patience(container: dict[str, Any], grace: GracePeriods, predictor: bool) -> Iterator[str]:

@@ -171,6 +171,15 @@ RULE_MUTATIONS = {
         "standard-keda",
         put("Deployment", f"spec.template.spec.{RAY_ENV}.2.value", "3600"),
     ),
+    "a grace that Knative refuses": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.terminationGracePeriodSeconds", 280),
+    ),
+    "Knative's own timeout": ("knative-kuberay", put("InferenceService", "spec.predictor.timeout", None)),
+    "a hook that Knative refuses": (
+        "knative-kuberay",
+        put("ServingRuntime", f"{RUNTIME}.lifecycle", {"preStop": {"exec": {"command": ["sleep", "15"]}}}),
+    ),
     "no pause": ("standard-kuberay", put("ServingRuntime", f"{RUNTIME}.lifecycle.preStop.exec.command", ["true"])),
     "a probe that lies": (
         "standard-kuberay",
