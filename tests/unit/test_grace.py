@@ -6,10 +6,12 @@ import pytest
 from ray._private import ray_constants
 
 from kserve_adapter.__main__ import arguments, grace_s
+from kserve_adapter.ray_node import STOP_S
+from kserve_adapter.revision import GOODBYE_S
 from runtime.app import application
 from runtime.config import ROLES, Config
 from runtime.config_file import parse
-from runtime.grace import NODE_VARIABLE
+from runtime.grace import NODE_VARIABLE, POD_MARGIN_S
 
 
 @pytest.mark.parametrize(("drain_s", "replace_s"), [(0, 0), (8, 30), (120, 120), (3600, 10)])
@@ -38,6 +40,11 @@ def test_serve_gets_them(tmp_path: object) -> None:
 def test_kserve_gets_them(argv: list[str], expected: int) -> None:
     """A predictor's streams have Serve's budget from its settings, unless an argument says otherwise."""
     assert grace_s(arguments(argv), parse({"limits": {"drain_s": 20.5}})) == expected
+
+
+def test_a_predictor_leaves_in_time() -> None:
+    """The goodbye to the keeper and to the Ray cluster fit into what a pod has for its end."""
+    assert GOODBYE_S + STOP_S <= POD_MARGIN_S
 
 
 def test_ray_reads_its_own() -> None:
