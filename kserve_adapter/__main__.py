@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -45,7 +46,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=os.environ.get("KSERVE_OPENAI_ROUTE_PREFIX", OPENAI_PREFIX),
         help="where the OpenAI API is to be had beside /openai; empty is the root",
     )
-    parser.add_argument("--grace_period", type=int, default=60, help="how long streams may run on after SIGTERM, in s")
+    parser.add_argument(
+        "--grace_period",
+        type=int,
+        help="how long streams may run on after SIGTERM, in s (default: as limits.drain_s in the settings has it)",
+    )
     parser.add_argument(
         "--linger_s", type=float, default=120.0, help="how long the application outlives its last predictor, in s"
     )
@@ -67,6 +72,12 @@ def settings(args: argparse.Namespace) -> Config:
     # After the model's name is fixed: a directory such as /mnt/models names nothing.
     config = _changed(config, served_model_name=config.model_name)
     return _changed(config, name=args.application or revision_name(config))
+
+
+def grace_s(args: argparse.Namespace, config: Config) -> int:
+    """How long streams may run on after SIGTERM, in whole seconds: as given, or as the settings have it."""
+    given: int | None = args.grace_period
+    return math.ceil(config.limits.grace.serve_s) if given is None else given
 
 
 def _changed(config: Config, **changes: str | None) -> Config:
@@ -108,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         host=args.host,
         prefix=_prefix(args.openai_prefix),
         max_body_bytes=config.front_end.max_body_bytes,
-        grace_s=args.grace_period,
+        grace_s=grace_s(args, config),
         with_grpc=args.enable_grpc,
         http_port=args.http_port,
         grpc_port=args.grpc_port,

@@ -12,11 +12,14 @@ from collections import deque
 from pathlib import Path
 
 from runtime.errors import BatonError
+from runtime.grace import NODE_VARIABLE
 
 logger = logging.getLogger("baton.ray_node")
 
 STARTED = "Ray runtime started"
-PAUSE_S, STOP_S = 2.0, 30.0
+PAUSE_S = 2.0
+STOP_S = 10.0
+"""How long the node may take to leave. With the goodbye to the keeper it fits into what a pod has for its end."""
 
 STORE_BYTES = 256 * 2**20
 """Ray would take a third of the pod's memory, more than its /dev/shm, for objects that Baton does not make."""
@@ -59,7 +62,8 @@ class RayNode:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            # Nothing runs here that a drain could move.
+            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {NODE_VARIABLE: "0"},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from kserve_adapter.manifest.settings import PRE_STOP_S, KubernetesSettings, PoolPods
+from kserve_adapter.manifest.settings import KubernetesSettings, PoolPods
+from runtime.grace import NODE_VARIABLE, PRE_STOP_S, GracePeriods
 
 Object = dict[str, Any]
 """A Kubernetes object, or part of one, as its API has it."""
@@ -49,6 +51,11 @@ def pre_stop() -> Object:
     return {"preStop": {"exec": {"command": ["sleep", str(PRE_STOP_S)]}}}
 
 
+def termination_s(grace: GracePeriods) -> int:
+    """`terminationGracePeriodSeconds` of every pod: how long it may take to go, `preStop` included."""
+    return math.ceil(grace.pod_s)
+
+
 def ray_probes() -> Object:
     """Probes of a Ray node: its agent says whether the node, and on the head the cluster, lives.
 
@@ -89,6 +96,12 @@ def environment(settings: KubernetesSettings) -> Object:
     return part
 
 
+def ray_environment(settings: KubernetesSettings, grace: GracePeriods) -> Object:
+    """Environment of a Ray node: as any container's, and how long Ray may drain the node when it is told to go."""
+    drain = {"name": NODE_VARIABLE, "value": str(math.ceil(grace.node_s))}
+    return {"env": [*environment(settings)["env"], drain]}
+
+
 def model_source(
     settings: KubernetesSettings, *, with_weights: bool
 ) -> tuple[list[Object], list[Object], list[Object]]:
@@ -127,7 +140,13 @@ def resources(cpu: str, memory: str, extended: dict[str, str] | None = None) -> 
 
 
 def worker_pod(
-    settings: KubernetesSettings, revision: str, role: str, pods: PoolPods, gpus: int, command: list[str] | None
+    settings: KubernetesSettings,
+    grace: GracePeriods,
+    revision: str,
+    role: str,
+    pods: PoolPods,
+    gpus: int,
+    command: list[str] | None,
 ) -> Object:
     """The template of a pool's pod: a Ray node on which one worker runs. `command` is left to KubeRay without it."""
     extended = {"nvidia.com/gpu": str(gpus)} if gpus else {}
@@ -140,7 +159,7 @@ def worker_pod(
     container: Object = {
         "name": "ray-worker",
         "image": settings.image,
-        **environment(settings),
+        **ray_environment(settings, grace),
         "ports": [{"name": "metrics", "containerPort": RAY_METRICS_PORT}],
         "resources": resources(pods.cpu, pods.memory, extended),
         "securityContext": security,
@@ -155,7 +174,7 @@ def worker_pod(
         "serviceAccountName": settings.name,
         "automountServiceAccountToken": False,
         "securityContext": POD_SECURITY,
-        "terminationGracePeriodSeconds": settings.termination_s,
+        "terminationGracePeriodSeconds": termination_s(grace),
         "initContainers": inits,
         "containers": [container],
         "volumes": [*volumes, *model_volumes],

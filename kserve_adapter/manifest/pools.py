@@ -11,17 +11,19 @@ from kserve_adapter.manifest.pods import (
     POD_SECURITY,
     RAY_METRICS_PORT,
     Object,
-    environment,
     labels,
     pre_stop,
+    ray_environment,
     ray_probes,
     resources,
     scratch,
     settings_volume,
+    termination_s,
     worker_pod,
 )
 from kserve_adapter.manifest.settings import KubernetesSettings, PoolPods
 from runtime.config import ROLES, Config, Role
+from runtime.grace import GracePeriods
 
 DESIRED, QUEUE = "baton_pool_desired_replicas", "baton_pool_queue_depth"
 """Metrics of the front ends, one series a pool."""
@@ -43,23 +45,24 @@ def pools(settings: KubernetesSettings, config: Config, revision: str, settings_
     """The objects of a revision's pools."""
     if settings.pools == "embedded":
         return []
+    head = _head(settings, config.limits.grace, revision, settings_map)
     if settings.pools == "deployments":
-        made = [_cluster(settings, _head(settings, revision, settings_map), [], revision)]
+        made = [_cluster(settings, head, [], revision)]
         for role in ROLES:
             made += [_deployment(settings, config, revision, role), _scaled_object(settings, revision, role)]
         return made
     groups = [_group(settings, config, revision, role) for role in ROLES]
-    cluster = _cluster(settings, _head(settings, revision, settings_map), groups, revision)
+    cluster = _cluster(settings, head, groups, revision)
     return [cluster if settings.pools == "kuberay" else _service(settings, cluster, revision)]
 
 
-def _head(settings: KubernetesSettings, revision: str, settings_map: str) -> Object:
+def _head(settings: KubernetesSettings, grace: GracePeriods, revision: str, settings_map: str) -> Object:
     volumes, mounts = scratch()
     more_volumes, more_mounts = settings_volume(settings_map)
     container = {
         "name": "ray-head",
         "image": settings.image,
-        **environment(settings),
+        **ray_environment(settings, grace),
         "ports": [
             {"name": "gcs", "containerPort": GCS_PORT},
             {"name": "dashboard", "containerPort": DASHBOARD_PORT},
@@ -73,7 +76,7 @@ def _head(settings: KubernetesSettings, revision: str, settings_map: str) -> Obj
     }
     spec = {
         "securityContext": POD_SECURITY,
-        "terminationGracePeriodSeconds": settings.termination_s,
+        "terminationGracePeriodSeconds": termination_s(grace),  # the workers', which need the head to drain
         "containers": [container],
         "volumes": [*volumes, *more_volumes],
     }
@@ -101,7 +104,7 @@ def _group(settings: KubernetesSettings, config: Config, revision: str, role: Ro
         "numOfHosts": config.pool(role).nodes,
         "labels": pool_label(role),
         "rayStartParams": {"metrics-export-port": str(RAY_METRICS_PORT)},
-        "template": worker_pod(settings, revision, role, pods, _gpus(config, role), None),
+        "template": worker_pod(settings, config.limits.grace, revision, role, pods, _gpus(config, role), None),
     }
 
 
@@ -147,7 +150,7 @@ def _deployment(settings: KubernetesSettings, config: Config, revision: str, rol
     label = ",".join(f"{key}={value}" for key, value in pool_label(role).items())
     command = ["ray", "start", "--block", f"--address={head_address(settings, revision)}", f"--labels={label}"]
     command += [f"--metrics-export-port={RAY_METRICS_PORT}", f"--num-gpus={_gpus(config, role)}"]
-    template = worker_pod(settings, revision, role, pods, _gpus(config, role), command)
+    template = worker_pod(settings, config.limits.grace, revision, role, pods, _gpus(config, role), command)
     own: dict[str, str] = template["metadata"]["labels"]
     selector = {key: own[key] for key in ("baton-name", "baton-revision", "baton-part")}
     return {

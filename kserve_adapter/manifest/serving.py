@@ -20,9 +20,11 @@ from kserve_adapter.manifest.pods import (
     scratch,
     settings_volume,
     spread,
+    termination_s,
 )
 from kserve_adapter.manifest.pools import cluster_name, head_address
 from kserve_adapter.manifest.settings import KubernetesSettings
+from runtime.grace import GracePeriods
 
 FORMAT = "baton"
 RUNNING = "vllm:num_requests_running"
@@ -37,11 +39,13 @@ class Revision:
         settings: of the cluster, as this revision's file has them.
         name: of the revision.
         settings_map: ConfigMap with its settings.
+        grace: how long its pods may take to go.
     """
 
     settings: KubernetesSettings
     name: str
     settings_map: str
+    grace: GracePeriods
 
 
 def runtimes(settings: KubernetesSettings) -> list[Object]:
@@ -60,7 +64,8 @@ def _runtime_spec(settings: KubernetesSettings) -> Object:
     ready = {"httpGet": {"path": "/v2/models/{{.Name}}/ready", "port": HTTP_PORT}}
     live = {"httpGet": {"path": "/v2/health/live", "port": HTTP_PORT}}
     args = ["--model_name={{.Name}}", f"--config_file={SETTINGS_PATH}/settings.yaml"]
-    args += [f"--http_port={HTTP_PORT}", f"--grpc_port={GRPC_PORT}", f"--grace_period={settings.grace_s}"]
+    # No `--grace_period`: a predictor has it from its revision's settings.
+    args += [f"--http_port={HTTP_PORT}", f"--grpc_port={GRPC_PORT}"]
     container = {
         "name": "kserve-container",
         "image": settings.image,
@@ -70,7 +75,8 @@ def _runtime_spec(settings: KubernetesSettings) -> Object:
         "ports": [{"containerPort": HTTP_PORT, "protocol": "TCP"}],
         "resources": resources(settings.predictor.cpu, settings.predictor.memory),
         "securityContext": CONTAINER_SECURITY,
-        "lifecycle": pre_stop(),
+        # Knative has a hook of its own and refuses others.
+        **({"lifecycle": pre_stop()} if settings.mode == "standard" else {}),
         "startupProbe": {**live, "periodSeconds": 5, "failureThreshold": 60},
         "livenessProbe": {**live, "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 6},
         "readinessProbe": {**ready, "periodSeconds": 5, "timeoutSeconds": 3, "failureThreshold": 2},
@@ -137,7 +143,8 @@ def _predictor(revision: Revision) -> Object:
         "serviceAccountName": settings.name,
         "automountServiceAccountToken": False,
         "securityContext": POD_SECURITY,
-        "terminationGracePeriodSeconds": settings.termination_s,
+        # Knative takes a pod's grace period from its requests' timeout alone, and refuses the pod's own field.
+        "terminationGracePeriodSeconds" if settings.mode == "standard" else "timeout": termination_s(revision.grace),
         "topologySpreadConstraints": [spread(own)],
         **_scale(settings),
         "model": model,

@@ -11,13 +11,6 @@ from runtime.config import Config
 from runtime.config_file import explain
 from runtime.errors import ConfigError
 
-PRE_STOP_S = 15
-"""How long a pod that is told to go keeps serving: what sends it traffic must hear of it first. KServe's own value."""
-
-MARGIN_S = 15
-"""Between the end of the grace period and the kubelet's SIGKILL: time to leave the cluster in order."""
-
-
 RAY_SERVICE_NAME = 47
 """Characters that KubeRay leaves a RayService's name, which is the service's and the revision's."""
 
@@ -97,7 +90,6 @@ class KubernetesSettings(Settings):
     signal: Literal["desired", "queue"] = Field(
         "desired", description="What KEDA scales a pool by: Baton's own number of replicas, or 5 waiting requests each."
     )
-    grace_s: int = Field(120, ge=1, le=3600, description="How long streams may run on when a pod is told to go.")
     cache_path: str | None = Field("/var/cache/baton", description="Cache of models on nodes; a pod's own without it.")
     cache_bytes: int = Field(500 * 10**9, ge=1, description="What the models in the cache may take together.")
     prometheus_url: str = Field("http://prometheus.monitoring:9090", description="Where KEDA asks for metrics.")
@@ -108,11 +100,6 @@ class KubernetesSettings(Settings):
     network: NetworkSettings = Field(default_factory=NetworkSettings, description="Network policies.")  # type: ignore[arg-type]
     gateway: GatewaySettings | None = Field(None, description="A route of our own.")
     local_model_cache: LocalModelCacheSettings | None = Field(None, description="KServe's LocalModelCache.")
-
-    @property
-    def termination_s(self) -> int:
-        """`terminationGracePeriodSeconds` of every pod that serves: all that happens after the pod is told to go."""
-        return PRE_STOP_S + self.grace_s + MARGIN_S
 
 
 def kubernetes_settings(config: Config) -> KubernetesSettings:

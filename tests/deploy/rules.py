@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,9 +14,10 @@ from kserve_adapter.manifest.guards import CARRIED
 from kserve_adapter.manifest.pods import RAY_AGENT_PORT
 from kserve_adapter.manifest.pools import DESIRED, QUEUE
 from kserve_adapter.manifest.serving import RUNNING
-from kserve_adapter.manifest.settings import MARGIN_S, PRE_STOP_S
+from runtime.config import Config
 from runtime.config_file import parse
 from runtime.errors import ConfigError
+from runtime.grace import NODE_VARIABLE, GracePeriods
 
 Objects = list[dict[str, Any]]
 Rule = Callable[[Objects], Iterator[str]]
@@ -93,14 +96,47 @@ def mounts_have_volumes(objects: Objects) -> Iterator[str]:
 
 
 def grace_periods_agree(objects: Objects) -> Iterator[str]:
-    """The kubelet's patience is the pause, the streams' time and the time to leave, in every pod that serves."""
-    args = [arg for item in of(objects, "ServingRuntime") for arg in item["spec"]["containers"][0]["args"]]
-    (grace,) = [int(arg.split("=")[1]) for arg in args if arg.startswith("--grace_period=")]
-    for name, spec, _ in pod_templates(objects):
-        if spec.get("terminationGracePeriodSeconds") != PRE_STOP_S + grace + MARGIN_S:
-            yield f"{name}: terminationGracePeriodSeconds does not agree with --grace_period={grace}"
-        if spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] != ["sleep", str(PRE_STOP_S)]:
-            yield f"{name}: the pause before the end is not {PRE_STOP_S} s"
+    """Everybody's patience with a pod is what `limits.drain_s` in the settings of the pod's revision makes of it."""
+    revisions = dict(revision_settings(objects))
+    notes = [item["metadata"]["annotations"] for item in of(objects, "InferenceService")]
+    knative = any(note["serving.kserve.io/deploymentMode"] == "Knative" for note in notes)
+    for name, spec, labels in pod_templates(objects):
+        config = revisions.get(labels["baton-revision"])
+        if config is None:
+            continue  # another rule says so
+        grace, predictor = config.limits.grace, labels["baton-part"] == "predictor"
+        yield from (f"{name}: {problem}" for problem in _kubelets_patience(spec, grace, predictor and knative))
+        yield from (f"{name}: {problem}" for problem in _own_patience(spec["containers"][0], grace, predictor))
+
+
+def _kubelets_patience(spec: dict[str, Any], grace: GracePeriods, knative: bool) -> Iterator[str]:
+    """Knative gives a pod its requests' timeout and a `preStop` of its own, and refuses the pod's."""
+    field, other = "terminationGracePeriodSeconds", "timeout"
+    pause = {"preStop": {"exec": {"command": ["sleep", f"{grace.pre_stop_s:g}"]}}}
+    wanted: dict[str, Any] | None = pause
+    if knative:
+        field, other, wanted = other, field, None
+    if spec.get(field) != math.ceil(grace.pod_s) or other in spec:
+        yield f"the kubelet is not told to wait for {grace.pod_s:g} s, by `{field}` alone"
+    if spec["containers"][0].get("lifecycle") != wanted:
+        yield f"its `lifecycle` is not {wanted}"
+
+
+def _own_patience(container: dict[str, Any], grace: GracePeriods, predictor: bool) -> Iterator[str]:
+    """A predictor has its grace period from the settings, whatever its arguments say too; a Ray node is told."""
+    given = [int(arg.split("=")[1]) for arg in container.get("args", []) if arg.startswith("--grace_period=")]
+    if predictor and set(given) - {math.ceil(grace.serve_s)}:
+        yield f"--grace_period is not {grace.serve_s:g} s"
+    drains = [entry["value"] for entry in container["env"] if entry["name"] == NODE_VARIABLE]
+    if not predictor and drains != [str(math.ceil(grace.node_s))]:
+        yield f"{NODE_VARIABLE} is not {grace.node_s:g} s"
+
+
+def revision_settings(objects: Objects) -> Iterator[tuple[str, Config]]:
+    """The settings of each revision, where they are valid."""
+    for item in of(objects, "ConfigMap"):
+        with contextlib.suppress(ConfigError):
+            yield item["metadata"]["labels"]["baton-revision"], parse(yaml.safe_load(item["data"]["settings.yaml"]))
 
 
 def probes_tell_the_truth(objects: Objects) -> Iterator[str]:

@@ -54,6 +54,8 @@ def sets() -> dict[str, Objects]:
         )
         made[f"route istio={istio}"] = render(first)
         made[f"route canary istio={istio}"] = render(first, second, 5)
+    longer = parse({**changed("standard-kuberay", **CANARY), "limits": {"drain_s": 600.5, "wait_for_worker_s": 10}})
+    made["a canary that drains longer"] = render(config("standard-kuberay"), longer, 10)
     made["local model cache"] = render(parse(changed("standard-kuberay", local_model_cache=CACHE)))
     made["desired"] = render(
         parse(changed("standard-keda", signal="desired", namespace="models", api_keys_secret="keys"))
@@ -114,9 +116,17 @@ def put(kind: str, path: str, value: Any) -> Callable[[Objects], None]:
     return mutate
 
 
+def drains_longer(objects: Objects) -> None:
+    """Change `limits.drain_s` in the first revision's settings, and nothing that follows from it."""
+    data = find(objects, "ConfigMap")["data"]
+    data["settings.yaml"] = yaml.safe_dump({**yaml.safe_load(data["settings.yaml"]), "limits": {"drain_s": 600}})
+
+
 RUNTIME = "spec.containers.0"
 WORKERS = "spec.workerGroupSpecs.0"
 POD = f"{WORKERS}.template.spec"
+HEAD = "spec.headGroupSpec.template.spec"
+RAY_ENV = "containers.0.env"
 SCHEMA_MUTATIONS = {
     "misspelt count": ("standard-keda", put("ScaledObject", "spec.minReplicaCnt", 1)),
     "a string canary": ("standard-kuberay canary", put("InferenceService", "spec.canary.0.trafficPercent", "10")),
@@ -140,6 +150,36 @@ RULE_MUTATIONS = {
     "an unknown volume": ("standard-kuberay", put("RayCluster", f"{POD}.containers.0.volumeMounts.0.name", "x")),
     "a short grace": ("standard-kuberay", put("InferenceService", "spec.predictor.terminationGracePeriodSeconds", 30)),
     "a worker's short grace": ("standard-kuberay", put("RayCluster", f"{POD}.terminationGracePeriodSeconds", 30)),
+    "a head's short grace": ("standard-kuberay", put("RayCluster", f"{HEAD}.terminationGracePeriodSeconds", 150)),
+    "a Deployment's short grace": (
+        "standard-keda",
+        put("Deployment", "spec.template.spec.terminationGracePeriodSeconds", 150),
+    ),
+    "a canary's short grace": (
+        "a canary that drains longer",
+        put("InferenceService", "spec.canary.0.predictor.terminationGracePeriodSeconds", 280),
+    ),
+    "settings that drain longer": ("standard-kuberay", drains_longer),
+    "settings that drain longer, embedded": ("cpu-embedded", drains_longer),
+    "another grace period of KServe's": (
+        "standard-kuberay",
+        put("InferenceService", "spec.predictor.model.args.0", "--grace_period=120"),
+    ),
+    "a worker that Ray drains for 30 s": ("standard-kuberay", put("RayCluster", f"{POD}.{RAY_ENV}", [])),
+    "a head that Ray drains for 30 s": ("standard-kuberay", put("RayCluster", f"{HEAD}.{RAY_ENV}", [])),
+    "a Deployment that Ray drains for longer": (
+        "standard-keda",
+        put("Deployment", f"spec.template.spec.{RAY_ENV}.2.value", "3600"),
+    ),
+    "a grace that Knative refuses": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.terminationGracePeriodSeconds", 280),
+    ),
+    "Knative's own timeout": ("knative-kuberay", put("InferenceService", "spec.predictor.timeout", None)),
+    "a hook that Knative refuses": (
+        "knative-kuberay",
+        put("ServingRuntime", f"{RUNTIME}.lifecycle", {"preStop": {"exec": {"command": ["sleep", "15"]}}}),
+    ),
     "no pause": ("standard-kuberay", put("ServingRuntime", f"{RUNTIME}.lifecycle.preStop.exec.command", ["true"])),
     "a probe that lies": (
         "standard-kuberay",

@@ -10,6 +10,7 @@ import pytest
 
 from kserve_adapter import ray_node
 from kserve_adapter.ray_node import RayNode, StartFailed
+from runtime.grace import NODE_VARIABLE
 
 
 def stand_in(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +39,15 @@ def test_a_slow_start_is_not_taken_for_a_failure(tmp_path: Path, monkeypatch: py
     stand_in(tmp_path, f'echo x >> {count}; sleep 2; echo "Ray runtime started."; exec sleep 100', monkeypatch)
     RayNode("head:6379", timeout_s=30).stop()
     assert count.read_text().count("x") == 1
+
+
+def test_the_node_leaves_without_a_drain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs there: Ray must not wait for what it would move, whatever the pod's own setting is."""
+    monkeypatch.setenv(NODE_VARIABLE, "250")
+    script = f'echo "${NODE_VARIABLE}" > {tmp_path}/drain; echo "Ray runtime started."; exec sleep 100'
+    stand_in(tmp_path, script, monkeypatch)
+    RayNode("head:6379", timeout_s=30).stop()
+    assert (tmp_path / "drain").read_text() == "0\n"
 
 
 def test_no_head_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
