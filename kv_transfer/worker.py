@@ -109,9 +109,9 @@ class EngineWorker:
         if peer is None:
             raise NoStream(front_end)
         peer.heard = time.monotonic()
-        for leg_id in settled:
-            peer.handoffs.pop(leg_id, None)
         for command in commands:
+            if self._peers.get(front_end) is not peer:  # it left while the engine took the command before
+                raise NoStream(front_end)
             if isinstance(command, list):
                 await self._abort(command)
                 continue
@@ -123,6 +123,8 @@ class EngineWorker:
                 peer.came += 1
                 self._meter.took(command, expected.get(command.request_id), time.monotonic())
             await self.engine.add(command)
+        for leg_id in settled:  # last: their releases are among the commands
+            peer.handoffs.pop(leg_id, None)
 
     async def outputs(
         self, engine_id: str, token: str, front_end: str
