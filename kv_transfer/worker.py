@@ -321,7 +321,14 @@ class EngineWorker:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Tell of a task that failed, once: nobody waits for it."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._counts["failed_tasks"] += 1
+            logger.error("a task of this worker failed", exc_info=error)
 
     def _check(self, engine_id: str | None, token: str) -> None:
         """Refuse a caller of another application, and one that means another engine (`None`: whichever is here)."""

@@ -78,3 +78,24 @@ async def test_a_front_end_leaves_while_the_engine_takes_its_legs(
     await leaving
     assert engine.given == ["a", "abort a", "pinned-release"]
     assert worker._owner == {}
+
+
+async def test_a_task_that_fails_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """In the log and as a count; one that is cancelled is none."""
+    worker = EngineWorker()
+
+    async def fail() -> None:
+        raise ValueError("a fault")
+
+    async def wait() -> None:
+        await asyncio.Event().wait()
+
+    worker._spawn(fail())
+    worker._spawn(wait())
+    while len(worker._tasks) > 1:
+        await asyncio.sleep(0)
+    waits = next(iter(worker._tasks))
+    worker.shutdown()
+    await asyncio.wait({waits})
+    assert worker._counts == {"failed_tasks": 1}
+    assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["a fault"]
