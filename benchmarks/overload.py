@@ -64,9 +64,10 @@ class Client:
                 if response.status != 200:
                     return Outcome(sent, response.status, typed=is_typed(response, await response.read()))
                 end = b""
-                async for chunk in response.content.iter_any():
-                    first = min(first, time.perf_counter() - started)
-                    end = (end + chunk)[-400:]
+                async for line in response.content:
+                    if line.startswith(b"data: {"):  # and not a comment, which only keeps the connection alive
+                        first = min(first, time.perf_counter() - started)
+                    end = (end + line)[-400:]
         except aiohttp.ClientError:
             return Outcome(sent, 0)
         whole = b"[DONE]" in end and b'"finish_reason":"length"' in end

@@ -6,9 +6,9 @@ the last resort; nothing here counts on it.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter as Count
-from collections import deque
 from collections.abc import Callable
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -41,14 +41,15 @@ class Ledger:
 
     Args:
         send: has a prefill engine release a handoff.
-        on_settled: called with each handoff that was pulled or released, or whose engine died.
+        on_settled: called with each handoff once nobody will pull its blocks any more: they were pulled or released, or
+            their engine died.
     """
 
     def __init__(self, send: Callable[[Handoff], None], on_settled: Callable[[Handoff], None]) -> None:
         self._send = send
         self._on_settled = on_settled
         self._since: dict[Handoff, float] = {}
-        self._entrusted: deque[tuple[float, str, Handoff]] = deque()  # since when, to which decode engine
+        self._entrusted: dict[Handoff, str] = {}  # to which decode engine
 
     def open(self, handoff: Handoff) -> None:
         """A prefill has finished."""
@@ -69,28 +70,31 @@ class Ledger:
     def entrust(self, handoff: Handoff, engine_id: str) -> None:
         """A decode engine was told to pull the blocks, and now to abort: it settles them, pulled or not, if it lives.
 
-        It does not tell when. To release the blocks at once could change them under a pull that is under way.
+        It does not tell when. To release the blocks at once could change them under a pull that is under way. So they
+        count as settled after `ABORT_S`, and the prefill engine has to stay until then (`unsettled`).
         """
-        now = time.monotonic()
-        while self._entrusted and now - self._entrusted[0][0] > ABORT_S:
-            self._entrusted.popleft()
-        self._entrusted.append((now, engine_id, handoff))
-        self._close(handoff, "entrusted")
+        if self._end(handoff, "entrusted"):
+            self._entrusted[handoff] = engine_id
+            asyncio.get_running_loop().call_later(ABORT_S, self._carried_out, handoff)
 
     def forget(self, engine_id: str) -> None:
         """An engine has died: a prefill engine's blocks with it; what a decode engine was to settle is released."""
         for handoff in [handoff for handoff in self._since if handoff.engine_id == engine_id]:
             self._close(handoff, "died")
-        lost = [handoff for _, decode, handoff in self._entrusted if decode == engine_id]
-        kept = (entry for entry in self._entrusted if engine_id not in (entry[1], entry[2].engine_id))
-        self._entrusted = deque(kept)
-        for handoff in lost:
+        for handoff in [handoff for handoff in self._entrusted if handoff.engine_id == engine_id]:
+            self._carried_out(handoff)
+        for handoff in [handoff for handoff, decode in self._entrusted.items() if decode == engine_id]:
+            del self._entrusted[handoff]
             self.open(handoff)
             self.release(handoff, "lost")
 
     def outstanding(self) -> Count[str]:
         """How many handoffs of each prefill engine are outstanding."""
         return Count(handoff.engine_id for handoff in self._since)
+
+    def unsettled(self) -> Count[str]:
+        """How many handoffs of each prefill engine somebody may still pull: outstanding ones and entrusted ones."""
+        return self.outstanding() + Count(handoff.engine_id for handoff in self._entrusted)
 
     def pinned_blocks(self) -> Count[str]:
         """How many KV blocks of each prefill engine wait to be pulled or released."""
@@ -103,9 +107,20 @@ class Ledger:
         """Age of the oldest outstanding handoff, in seconds; 0 when there is none."""
         return time.monotonic() - min(self._since.values()) if self._since else 0.0
 
-    def _close(self, handoff: Handoff, end: str) -> None:
-        since = self._since.pop(handoff, None)
-        if since is not None:
-            OUTSTANDING.dec()
-            SETTLED_SECONDS.labels(end=end).observe(time.monotonic() - since)
+    def _carried_out(self, handoff: Handoff) -> None:
+        """A decode engine has had its time to settle what was entrusted to it."""
+        if self._entrusted.pop(handoff, None) is not None:
             self._on_settled(handoff)
+
+    def _close(self, handoff: Handoff, end: str) -> None:
+        if self._end(handoff, end):
+            self._on_settled(handoff)
+
+    def _end(self, handoff: Handoff, end: str) -> bool:
+        """Whether the handoff was outstanding; it is no more."""
+        since = self._since.pop(handoff, None)
+        if since is None:
+            return False
+        OUTSTANDING.dec()
+        SETTLED_SECONDS.labels(end=end).observe(time.monotonic() - since)
+        return True

@@ -109,9 +109,9 @@ class EngineWorker:
         if peer is None:
             raise NoStream(front_end)
         peer.heard = time.monotonic()
-        for leg_id in settled:
-            peer.handoffs.pop(leg_id, None)
         for command in commands:
+            if self._peers.get(front_end) is not peer:  # it left while the engine took the command before
+                raise NoStream(front_end)
             if isinstance(command, list):
                 await self._abort(command)
                 continue
@@ -123,6 +123,8 @@ class EngineWorker:
                 peer.came += 1
                 self._meter.took(command, expected.get(command.request_id), time.monotonic())
             await self.engine.add(command)
+        for leg_id in settled:  # last: their releases are among the commands
+            peer.handoffs.pop(leg_id, None)
 
     async def outputs(
         self, engine_id: str, token: str, front_end: str
@@ -319,7 +321,14 @@ class EngineWorker:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Tell of a task that failed, once: nobody waits for it."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._counts["failed_tasks"] += 1
+            logger.error("a task of this worker failed", exc_info=error)
 
     def _check(self, engine_id: str | None, token: str) -> None:
         """Refuse a caller of another application, and one that means another engine (`None`: whichever is here)."""

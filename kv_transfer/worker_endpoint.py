@@ -45,6 +45,7 @@ LEASES_EXPIRED = "baton_worker_leases_expired"
 FAILED_TRANSFERS = "baton_worker_failed_transfers"
 PULLS_HUNG = "baton_worker_pulls_hung"
 ORPHANS = "baton_worker_orphans"
+FAILED_TASKS = "baton_worker_failed_tasks"
 COMPUTED = "baton_worker_prompt_tokens_computed"
 COUNTERS = {
     PULLS: ("pulls", "Handoffs whose blocks this worker fetched."),
@@ -53,6 +54,7 @@ COUNTERS = {
     FAILED_TRANSFERS: ("failed_transfers", "NIXL transfers of this worker that failed."),
     PULLS_HUNG: ("pulls_hung", "Pulls that were given up because they made no progress."),
     ORPHANS: ("orphans", "Handoffs that this worker had released because their front end was gone."),
+    FAILED_TASKS: ("failed_tasks", "Tasks of this worker beside its requests that failed: releases, watches."),
     COMPUTED: ("prompt_tokens_computed", "Prompt tokens that this worker computed."),
 }
 """Counters of a worker: their names here, in the engine's `state`, and in words."""

@@ -1,4 +1,8 @@
-"""What vLLM's front end asks of its engine core as a whole, and so of every worker: adapters, and caches to empty."""
+"""What vLLM's front end asks of its engine core as a whole, and so of every worker: adapters, and caches to empty.
+
+A worker that joins later has no adapters. It needs none: each leg carries its own (`lora_request`), and vLLM's engine
+loads what it does not have before it runs the leg.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any
 
 from vllm.v1.engine.core_client import EngineCoreClient
 
+from runtime.errors import Refusal
 from runtime.fleet import Fleet
 
 
@@ -16,8 +21,15 @@ class EveryWorker(EngineCoreClient):
     fleet: Fleet
 
     async def add_lora_async(self, lora_request: Any) -> bool:
-        """Load an adapter on every worker."""
-        return all(await self._broadcast("add_lora", lora_request))
+        """Load an adapter on every worker, which is how vLLM learns whether it can be loaded at all.
+
+        Raises:
+            Refusal: there is no worker to try it on; vLLM does not look at the answer.
+        """
+        answers = await self._broadcast("add_lora", lora_request)
+        if not answers:
+            raise Refusal("no_workers", "There is no worker that could load the adapter.")
+        return all(answers)
 
     async def remove_lora_async(self, lora_id: int) -> bool:
         """Unload an adapter on every worker."""
@@ -35,8 +47,9 @@ class EveryWorker(EngineCoreClient):
     async def reset_prefix_cache_async(
         self, reset_running_requests: bool = False, reset_connector: bool = False
     ) -> bool:
-        """Empty every worker's prefix cache; False while any block is held."""
-        return all(await self._broadcast("reset_prefix_cache", reset_running_requests, reset_connector))
+        """Empty every worker's prefix cache; False while any block is held, or a worker is not ready to be asked."""
+        answers = await self._broadcast("reset_prefix_cache", reset_running_requests, reset_connector)
+        return 0 < len(answers) == len(self.fleet.workers) and all(answers)
 
     async def reset_mm_cache_async(self) -> None:
         """Empty every worker's multimodal cache."""

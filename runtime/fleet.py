@@ -94,7 +94,7 @@ class Fleet:
         token: what the workers of this application know its front ends by.
         on_outputs: called with each batch of step outputs.
         on_lost: called with the engine id, the reason, and whether it was to go, when a worker is lost.
-        outstanding: how many handoffs of each prefill engine wait to be pulled.
+        unsettled: how many handoffs of each prefill engine somebody may still pull.
         drain_s: how long a worker that Ray Serve took away may take to finish what it has.
     """
 
@@ -105,7 +105,7 @@ class Fleet:
         token: str,
         on_outputs: Callable[[EngineCoreOutputs], None],
         on_lost: OnLost,
-        outstanding: Callable[[], Counter[str]],
+        unsettled: Callable[[], Counter[str]],
         drain_s: float,
     ) -> None:
         self.workers: dict[str, Worker] = {}
@@ -115,7 +115,7 @@ class Fleet:
         self._token = token
         self._on_outputs = on_outputs
         self._on_lost = on_lost
-        self._outstanding = outstanding
+        self._unsettled = unsettled
         self._drain_s = drain_s
         self._announced: dict[str, dict[str, EngineFacts]] = {}
         self._flaps: Counter[str] = Counter()  # short-lived links in a row, by engine id
@@ -231,7 +231,7 @@ class Fleet:
         worker = self.workers.get(engine_id)
         if worker is None or worker.state is not State.DRAINING:
             return
-        if not worker.account.requests and not self._outstanding()[engine_id]:
+        if not worker.account.requests and not self._unsettled()[engine_id]:
             worker.link.close("it is drained")
 
     def set_state(self, worker: Worker, state: State) -> None:

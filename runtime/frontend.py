@@ -150,8 +150,8 @@ async def start_front_end(
     traces = vllm_config.observability_config.otlp_traces_endpoint = config.front_end.otlp_traces_endpoint
     placement = Placement(config.routing.policy(), CacheView(config.routing.index_blocks), traced=bool(traces))
     cluster = Cluster(config.limits, placement, config.admission.policy())
-    outstanding, move_s = cluster.ledger.outstanding, config.limits.grace.move_s
-    cluster.fleet = Fleet(front_end, handles, token, cluster.on_outputs, cluster.on_lost, outstanding, move_s)
+    unsettled, move_s = cluster.ledger.unsettled, config.limits.grace.move_s
+    cluster.fleet = Fleet(front_end, handles, token, cluster.on_outputs, cluster.on_lost, unsettled, move_s)
     cluster.seen = ClientView(config.objectives.policy())
     llm = FrontEndLLM.over(cluster, vllm_config)
     application = application or config.name

@@ -86,6 +86,10 @@ ADVICE: dict[str, tuple[str, str]] = {
     "baton_waiting_seconds": ("seconds", "As above; a class with a lower priority waits longer."),
     "baton_waiting_tokens": ("tokens", "As above."),
     "baton_workers_set_aside": ("workers", "Legs fail on them one after the other: see the workers' logs."),
+    "baton_worker_failed_tasks": (
+        "tasks",
+        "See the worker's log. A watch that failed does not come back: replace the worker.",
+    ),
     "baton_worker_failed_transfers": ("transfers", "The network between the pools; NIXL's log on the worker."),
     "baton_worker_leases_expired": (
         "handoffs",

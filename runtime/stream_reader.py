@@ -65,9 +65,10 @@ class StreamReader:
         self._loop.stop()
 
     async def _pump(self, open_stream: Callable[[], Stream], tray: _Tray[T], ended: Ended) -> None:
-        streams = deque([open_stream()])
+        streams: deque[Stream] = deque()
         why: Exception | None = None
         try:
+            streams.append(open_stream())
             while streams:
                 async for item in streams[0]:
                     if item is None:

@@ -373,7 +373,7 @@ class FrontEnd:
             fabric.token,
             self.cluster.on_outputs,
             self.cluster.on_lost,
-            self.cluster.ledger.outstanding,
+            self.cluster.ledger.unsettled,
             settings.grace.move_s,
         )
         self.warmer = Warmer(self, self.cluster)  # type: ignore[arg-type]

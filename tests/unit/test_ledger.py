@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
@@ -43,24 +44,30 @@ def test_each_handoff_is_settled_once() -> None:
     assert metric("baton_handoffs_outstanding") == before
 
 
-def test_what_a_dead_decode_engine_was_to_settle_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_a_dead_decode_engine_was_to_settle_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was told to abort its pull, and nobody knows whether it did: unless the blocks are dead or it was long ago."""
     released: list[Handoff] = []
-    ledger = Ledger(released.append, lambda handoff: None)
+    settled: list[Handoff] = []
+    ledger = Ledger(released.append, settled.append)
     old, dead, elsewhere, lost = handoff("old"), handoff("dead", "q"), handoff("elsewhere"), handoff("lost")
-    before, now = metric("baton_handoffs_outstanding"), time.monotonic()
+    before = metric("baton_handoffs_outstanding")
     for each in (old, dead, elsewhere, lost):
         ledger.open(each)
-    ledger.entrust(old, "d")
-    monkeypatch.setattr(time, "monotonic", lambda: now + 100.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("kv_transfer.ledger.ABORT_S", 0.0)
+        ledger.entrust(old, "d")
+    while ledger.unsettled()["p"] == 3:
+        await asyncio.sleep(0)
     ledger.entrust(dead, "d")
     ledger.entrust(elsewhere, "e")
     ledger.entrust(lost, "d")
     assert ledger.outstanding() == {}
+    assert (ledger.unsettled(), settled) == ({"p": 2, "q": 1}, [old])
     ledger.forget("q")
     ledger.forget("d")
     ledger.forget("d")
-    assert released == [lost]
+    assert (released, settled) == ([lost], [old, dead, lost])
+    assert ledger.unsettled() == {"p": 1}
     assert metric("baton_handoffs_outstanding") == before
 
 

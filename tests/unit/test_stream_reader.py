@@ -53,6 +53,21 @@ async def test_items_come_in_order_then_the_end() -> None:
     assert await read(Stream(1000, broken)) == (list(range(1000)), broken)
 
 
+async def test_a_stream_that_can_not_be_opened_ends_at_once() -> None:
+    """Whoever waits for its items is told, as when it breaks later."""
+    refused = ConnectionError("no such deployment")
+    ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+    reader = StreamReader()
+
+    def fail() -> Stream:
+        raise refused
+
+    reader.read(fail, lambda item: None, ended.set_result)
+    async with asyncio.timeout(10):
+        assert await ended is refused
+    reader.close()
+
+
 async def test_a_stream_goes_on_in_another_one() -> None:
     """It is opened before the first has ended, and read after it; an end or a fault of either is one of the whole."""
     broken, taken, opened = ConnectionError("gone"), list[int](), list[Chained]()
