@@ -35,7 +35,10 @@ logger = logging.getLogger("baton.worker")
 
 
 FRONT_END_SILENCE_S = 10.0
-"""A front end that has sent nothing for this long is dead: Ray does not end the streams of a caller that died."""
+"""A front end that has sent nothing for this long is dead: Ray does not end the streams of a caller that died.
+
+Workers hear of a front end at most a heartbeat apart and look for silence once a heartbeat, which is a quarter of this;
+so all notice its death within half of this."""
 
 HANG_CHECKS = 10
 """How often in `EngineSettings.hang_s` an engine that has work is looked at, and in `pull_timeout_s` its pulls."""
@@ -160,8 +163,7 @@ class EngineWorker:
         await self._abort(list(peer.legs))
         if peer.handoffs:
             self._counts["orphans"] += len(peer.handoffs)
-            logger.warning("%d handoffs of a front end that left are released", len(peer.handoffs))
-            await self._release(list(peer.handoffs.values()))
+            self._spawn(self._release_orphans(list(peer.handoffs.values())))
 
     async def call(self, engine_id: str | None, token: str, method: str, args: list[Any]) -> Any:
         """Call a utility method of the engine core; `None` asks whichever worker answers."""
@@ -298,6 +300,16 @@ class EngineWorker:
             for front_end, batch in split.items()
             if front_end in self._peers
         }
+
+    async def _release_orphans(self, handoffs: list[dict[str, Any]]) -> None:
+        """Free what a front end that is gone had not settled, once no decode engine reads it any more.
+
+        Decode workers notice the same loss, or are told by the front end if only its link to here broke, and end the
+        legs that pull. Until then blocks that are written anew would be read into a decode engine's prefix cache.
+        """
+        await asyncio.sleep(FRONT_END_SILENCE_S / 2)
+        logger.warning("%d handoffs of a front end that left are released", len(handoffs))
+        await self._release(handoffs)
 
     async def _release(self, handoffs: list[dict[str, Any]]) -> None:
         """Free the blocks of finished prefills that nobody will pull, by their KV transfer parameters."""

@@ -303,13 +303,20 @@ class Cluster(EveryWorker):
         return len(lengths), sum(lengths)
 
     def on_lost(self, engine_id: str, why: str, *, drained: bool = False) -> None:
-        """Plan every request of a lost worker again; `drained`: it was to go anyway."""
+        """Plan every request of a lost worker again; `drained`: it was to go anyway.
+
+        Also those whose blocks are being pulled from it. It may live on behind a broken link, and then it frees what
+        was ours: a pull that goes on would read what others write there.
+        """
         self.ledger.forget(engine_id)
-        for leg in [leg for leg in self._legs.values() if leg.engine_id == engine_id]:
-            if leg.abandoned:
+        for leg in list(self._legs.values()):
+            pulls = leg.decodes and leg.live.handoff is not None and leg.live.handoff.engine_id == engine_id
+            if leg.engine_id == engine_id and leg.abandoned:
                 self._legs.pop(leg.id)
-            else:
+            elif leg.engine_id == engine_id or pulls:
                 resolve(leg, WorkerDrained(engine_id, why) if drained else WorkerLost(engine_id, why))
+                if pulls and (link := self.fleet.link(leg.engine_id)) is not None:
+                    link.send([leg.id])
 
     def _finish(self, live: LiveRequest, reason: FinishReason) -> None:
         output = EngineCoreOutput(request_id=live.id, new_token_ids=[], finish_reason=reason)

@@ -1,7 +1,7 @@
 """What vLLM's front end asks of its engine core as a whole, and so of every worker: adapters, and caches to empty.
 
 A worker that joins later has no adapters. It needs none: each leg carries its own (`lora_request`), and vLLM's engine
-loads what it does not have before it runs the leg.
+loads what it does not have before it runs the leg. Adapters' ids are those of `runtime.adapters`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine.core_client import EngineCoreClient
 
+from runtime.adapters import numbered
 from runtime.errors import Refusal
 from runtime.fleet import Fleet
 
@@ -20,13 +22,13 @@ class EveryWorker(EngineCoreClient):
 
     fleet: Fleet
 
-    async def add_lora_async(self, lora_request: Any) -> bool:
+    async def add_lora_async(self, lora_request: LoRARequest) -> bool:
         """Load an adapter on every worker, which is how vLLM learns whether it can be loaded at all.
 
         Raises:
             Refusal: there is no worker to try it on; vLLM does not look at the answer.
         """
-        answers = await self._broadcast("add_lora", lora_request)
+        answers = await self._broadcast("add_lora", numbered(lora_request))
         if not answers:
             raise Refusal("no_workers", "There is no worker that could load the adapter.")
         return all(answers)

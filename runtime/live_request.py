@@ -11,6 +11,7 @@ from decode.request import without_engine_args
 from decode.resume import resume
 from kv_transfer.handoff import Handoff
 from runtime.account import Charge
+from runtime.adapters import numbered
 from runtime.client_view import StreamClock
 from runtime.policy.types import Plan
 from runtime.visit import Visit
@@ -55,12 +56,14 @@ class LiveRequest:
 
 
 def trusted(request: EngineCoreRequest) -> EngineCoreRequest:
-    """`request` without what a client may not decide: KV parameters, the engine's rank, cache hints."""
+    """`request` without what a client may not decide: KV parameters, the engine's rank, hints, an adapter's number."""
     if request.sampling_params is not None:
         request.sampling_params = without_engine_args(request.sampling_params)
     request.data_parallel_rank = None
     request.client_index = request.current_wave = 0
     request.kv_hints = None
+    if request.lora_request is not None:
+        request.lora_request = numbered(request.lora_request)
     return request
 
 

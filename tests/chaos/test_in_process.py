@@ -207,6 +207,20 @@ async def test_the_last_decode_worker_dies_while_it_pulls(make: Callable[..., An
     await nothing_left(fabric, front_end)
 
 
+async def test_a_link_breaks_during_a_pull(make: Callable[..., Any]) -> None:
+    """The prefill worker lives on and frees its blocks in a while: the pull is given up before, and nothing is lost."""
+    fabric, front_end, decode, running = await hung_pull(make)
+    prefill = fabric.pools["prefill"][0]
+    link = front_end.cluster.fleet.link(prefill.engine.facts.engine_id)
+    (pulls,) = decode._owner
+    link.close("for the test")
+    while pulls in decode._owner:
+        assert prefill.simulated.state()["handoffs"], "its blocks are there as long as anybody may read them"
+        await asyncio.sleep(0.001)
+    assert await running == answer(list(range(500)), 20)
+    await nothing_left(fabric, front_end)
+
+
 async def test_a_decode_worker_dies_before_it_can_abort(make: Callable[..., Any]) -> None:
     """A client leaves during a pull, and the decode worker that was told so dies: the blocks are free soon."""
     fabric, front_end, decode, leaver = await hung_pull(make)
