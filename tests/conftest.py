@@ -21,6 +21,12 @@ import httpx
 import hypothesis
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.serving import LOOPBACK
+
+# Before anything imports Ray. A cluster that a driver starts has a token; to find its address alone is not enough.
+os.environ.setdefault(*LOOPBACK)
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
 ROOT = Path(__file__).parent.parent
 MODEL = "SmolLM2-135M-Instruct"
 MARK = "BATON_TEST_RUN"

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from contextlib import suppress
 from typing import Any, Protocol
-
-from runtime.serving import LOOPBACK
-
-# Before Ray is imported. A cluster that a driver starts has a token; to find its address alone is not enough.
-os.environ.setdefault(*LOOPBACK)
-os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 from ray import serve
