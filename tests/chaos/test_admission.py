@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from tests.chaos.test_in_process import nothing_left
 
 OVERLOAD_S = float(os.environ.get("BATON_OVERLOAD_S", "8"))
 """How long the overload lasts; `BATON_OVERLOAD_S=60` with `-s` for the figures in docs/admission.md."""
+
+NUMBERS = count()
+"""No two requests of a load have a prompt that is in a cache."""
 
 PLACES = 4
 SLOW = {**Fabric.SIMULATOR, "step_base_s": 0.004, "max_batch_requests": PLACES, "prefill_tokens_per_s": 20_000}
@@ -173,8 +177,7 @@ async def load(front_end: FrontEnd, rate: float, seconds: float) -> list[asyncio
     chance, started, at, tasks = random.Random(5), time.monotonic(), 0.0, []
     while (at := at + chance.expovariate(rate)) < seconds:
         await asyncio.sleep(max(0.0, started + at - time.monotonic()))
-        number = chance.randrange(10**6)
-        tasks.append(asyncio.ensure_future(send(front_end, number, Sent(at))))
+        tasks.append(asyncio.ensure_future(send(front_end, next(NUMBERS), Sent(at))))
     await asyncio.sleep(max(0.0, started + seconds - time.monotonic()))
     return tasks
 
