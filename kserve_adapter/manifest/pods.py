@@ -32,6 +32,12 @@ POD_SECURITY: Object = {
     "fsGroup": 1000,
     "seccompProfile": {"type": "RuntimeDefault"},
 }
+KNATIVE_SECURITY: Object = {
+    **CONTAINER_SECURITY,
+    **{key: value for key, value in POD_SECURITY.items() if key != "fsGroup"},
+}
+"""Of a predictor's containers in Knative mode: Knative refuses a pod's, and `fsGroup` with it, which emptyDirs and
+ConfigMaps do without."""
 
 
 def labels(settings: KubernetesSettings, revision: str, part: str) -> dict[str, str]:
@@ -103,17 +109,19 @@ def ray_environment(settings: KubernetesSettings, grace: GracePeriods) -> Object
 
 
 def model_source(
-    settings: KubernetesSettings, *, with_weights: bool
+    settings: KubernetesSettings, *, with_weights: bool, shared: bool, security: Object
 ) -> tuple[list[Object], list[Object], list[Object]]:
     """Init container, volumes and mounts that put the model to `MODEL_DIR` before a container starts.
 
-    Pods of one node share the cache there: the first one fetches, the others find it. A front end has no use for the
-    weights and fetches the rest into its own.
+    Args:
+        with_weights: a front end has no use for the weights and fetches the rest.
+        shared: pods of one node share the cache there: the first one fetches, the others find it.
+        security: the init container's `securityContext`.
     """
     if not settings.model_uri:
         return [], [], []
     cache: Object = {"name": "model-cache", "emptyDir": {}}
-    if settings.cache_path and with_weights:
+    if settings.cache_path and shared:
         cache = {"name": "model-cache", "hostPath": {"path": settings.cache_path, "type": "DirectoryOrCreate"}}
     mounts = [{"name": "model-cache", "mountPath": "/var/cache/baton"}, {"name": "mnt", "mountPath": "/mnt"}]
     command = ["baton", "fetch", settings.model_uri, "--cache", "/var/cache/baton", "--link", MODEL_DIR]
@@ -124,7 +132,7 @@ def model_source(
         "command": command,
         "env": environment(settings)["env"][:1],
         "volumeMounts": [*mounts, {"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108
-        "securityContext": CONTAINER_SECURITY,
+        "securityContext": security,
         "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "4Gi"}},
     }
     if settings.model_secret:
@@ -154,7 +162,9 @@ def worker_pod(
     if pods.rdma_resource:
         extended[pods.rdma_resource] = "1"
         security["capabilities"] = {"drop": ["ALL"], "add": ["IPC_LOCK"]}  # to register memory with the device
-    inits, model_volumes, model_mounts = model_source(settings, with_weights=True)
+    inits, model_volumes, model_mounts = model_source(
+        settings, with_weights=True, shared=True, security=CONTAINER_SECURITY
+    )
     volumes, mounts = scratch(shm=pods.shm)
     container: Object = {
         "name": "ray-worker",

@@ -8,6 +8,7 @@ from kserve_adapter.manifest.pods import (
     CONTAINER_SECURITY,
     GRPC_PORT,
     HTTP_PORT,
+    KNATIVE_SECURITY,
     MODEL_DIR,
     POD_SECURITY,
     SETTINGS_PATH,
@@ -74,7 +75,7 @@ def _runtime_spec(settings: KubernetesSettings) -> Object:
         **environment(settings),
         "ports": [{"containerPort": HTTP_PORT, "protocol": "TCP"}],
         "resources": resources(settings.predictor.cpu, settings.predictor.memory),
-        "securityContext": CONTAINER_SECURITY,
+        "securityContext": _security(settings),
         # Knative has a hook of its own and refuses others.
         **({"lifecycle": pre_stop()} if settings.mode == "standard" else {}),
         "startupProbe": {**live, "periodSeconds": 5, "failureThreshold": 60},
@@ -124,7 +125,12 @@ def inference_service(stable: Revision, canary: Revision | None = None, percent:
 
 def _predictor(revision: Revision) -> Object:
     settings = revision.settings
-    inits, model_volumes, model_mounts = model_source(settings, with_weights=settings.pools == "embedded")
+    embedded = settings.pools == "embedded"
+    # To Knative a `hostPath` is there to be read.
+    shared = embedded and settings.mode == "standard"
+    inits, model_volumes, model_mounts = model_source(
+        settings, with_weights=embedded, shared=shared, security=_security(settings)
+    )
     volumes, mounts = settings_volume(revision.settings_map)
     own = labels(settings, revision.name, "predictor")
     model: Object = {
@@ -136,16 +142,13 @@ def _predictor(revision: Revision) -> Object:
     }
     if settings.model_uri:
         model["args"].append(f"--model_dir={MODEL_DIR}")
-    if settings.pools != "embedded":
+    if not embedded:
         model["env"] = [{"name": "BATON_RAY_ADDRESS", "value": head_address(settings, revision.name)}]
     predictor: Object = {
         "labels": own,
         "serviceAccountName": settings.name,
         "automountServiceAccountToken": False,
-        "securityContext": POD_SECURITY,
-        # Knative takes a pod's grace period from its requests' timeout alone, and refuses the pod's own field.
-        "terminationGracePeriodSeconds" if settings.mode == "standard" else "timeout": termination_s(revision.grace),
-        "topologySpreadConstraints": [spread(own)],
+        **_by_mode(revision, own),
         **_scale(settings),
         "model": model,
     }
@@ -157,6 +160,25 @@ def _predictor(revision: Revision) -> Object:
         if inits:
             predictor["initContainers"] = inits
     return {**predictor, "volumes": volumes}
+
+
+def _security(settings: KubernetesSettings) -> Object:
+    return CONTAINER_SECURITY if settings.mode == "standard" else KNATIVE_SECURITY
+
+
+def _by_mode(revision: Revision, own: dict[str, str]) -> Object:
+    """What a pod says for itself in Standard mode. Knative refuses it, and has ways of its own.
+
+    It takes a pod's grace period from its requests' timeout alone, and prefers other nodes for a revision's pods.
+    """
+    seconds = termination_s(revision.grace)
+    if revision.settings.mode == "knative":
+        return {"timeout": seconds}
+    return {
+        "securityContext": POD_SECURITY,
+        "terminationGracePeriodSeconds": seconds,
+        "topologySpreadConstraints": [spread(own)],
+    }
 
 
 def _scale(settings: KubernetesSettings) -> Object:
