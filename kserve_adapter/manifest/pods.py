@@ -7,6 +7,7 @@ from typing import Any
 
 from kserve_adapter.manifest.settings import KubernetesSettings, PoolPods
 from runtime.grace import NODE_VARIABLE, PRE_STOP_S, GracePeriods
+from runtime.limit_settings import LimitSettings
 
 Object = dict[str, Any]
 """A Kubernetes object, or part of one, as its API has it."""
@@ -14,6 +15,9 @@ Object = dict[str, Any]
 HTTP_PORT, GRPC_PORT, RAY_METRICS_PORT, GCS_PORT, DASHBOARD_PORT = 8080, 8081, 8090, 6379, 8265
 RAY_AGENT_PORT = 52365
 """Ray's own default; every node's agent tells its health there (`/api/healthz`)."""
+
+PLACEMENT_S = 600
+"""How long a pod may take before its processes start (node, image, init container): Kubernetes' own default."""
 
 SETTINGS_PATH = "/etc/baton"
 MODEL_DIR = "/mnt/models"
@@ -60,6 +64,11 @@ def pre_stop() -> Object:
 def termination_s(grace: GracePeriods) -> int:
     """`terminationGracePeriodSeconds` of every pod: how long it may take to go, `preStop` included."""
     return math.ceil(grace.pod_s)
+
+
+def progress_deadline_s(limits: LimitSettings) -> int:
+    """How long a Deployment's pods may take to be ready before it counts as failed."""
+    return PLACEMENT_S + math.ceil(limits.start_timeout_s)
 
 
 def ray_probes() -> Object:

@@ -17,6 +17,7 @@ from kserve_adapter.manifest.pods import (
     labels,
     model_source,
     pre_stop,
+    progress_deadline_s,
     resources,
     scratch,
     settings_volume,
@@ -25,11 +26,14 @@ from kserve_adapter.manifest.pods import (
 )
 from kserve_adapter.manifest.pools import cluster_name, head_address
 from kserve_adapter.manifest.settings import KubernetesSettings
-from runtime.grace import GracePeriods
+from runtime.limit_settings import LimitSettings
 
 FORMAT = "baton"
 RUNNING = "vllm:num_requests_running"
 """vLLM's own gauge: what a front end works on."""
+
+PROGRESS_DEADLINE = "serving.knative.dev/progress-deadline"
+"""Annotation of a revision of Knative's, which is scaled to zero when it is not ready by then."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,13 @@ class Revision:
         settings: of the cluster, as this revision's file has them.
         name: of the revision.
         settings_map: ConfigMap with its settings.
-        grace: how long its pods may take to go.
+        limits: how long its pods may take to start and to go.
     """
 
     settings: KubernetesSettings
     name: str
     settings_map: str
-    grace: GracePeriods
+    limits: LimitSettings
 
 
 def runtimes(settings: KubernetesSettings) -> list[Object]:
@@ -78,6 +82,7 @@ def _runtime_spec(settings: KubernetesSettings) -> Object:
         "securityContext": _security(settings),
         # Knative has a hook of its own and refuses others.
         **({"lifecycle": pre_stop()} if settings.mode == "standard" else {}),
+        # The server lives while the front end waits for workers, and they for their weights: this is for the process.
         "startupProbe": {**live, "periodSeconds": 5, "failureThreshold": 60},
         "livenessProbe": {**live, "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 6},
         "readinessProbe": {**ready, "periodSeconds": 5, "timeoutSeconds": 3, "failureThreshold": 2},
@@ -169,11 +174,15 @@ def _security(settings: KubernetesSettings) -> Object:
 def _by_mode(revision: Revision, own: dict[str, str]) -> Object:
     """What a pod says for itself in Standard mode. Knative refuses it, and has ways of its own.
 
-    It takes a pod's grace period from its requests' timeout alone, and prefers other nodes for a revision's pods.
+    It takes a pod's grace period from its requests' timeout alone, and prefers other nodes for a revision's pods. In
+    Standard mode the progress deadline is KServe's to set.
     """
-    seconds = termination_s(revision.grace)
+    seconds = termination_s(revision.limits.grace)
     if revision.settings.mode == "knative":
-        return {"timeout": seconds}
+        return {
+            "annotations": {PROGRESS_DEADLINE: f"{progress_deadline_s(revision.limits)}s"},
+            "timeout": seconds,
+        }
     return {
         "securityContext": POD_SECURITY,
         "terminationGracePeriodSeconds": seconds,

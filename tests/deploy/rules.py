@@ -152,6 +152,24 @@ def revision_settings(objects: Objects) -> Iterator[tuple[str, Config]]:
             yield item["metadata"]["labels"]["baton-revision"], parse(yaml.safe_load(item["data"]["settings.yaml"]))
 
 
+def starts_have_time(objects: Objects) -> Iterator[str]:
+    """Who gives up pods that are not ready in time has their revision's patience on top of Kubernetes' own."""
+    configs = dict(revision_settings(objects))
+    deadlines: list[tuple[str, dict[str, str], str | None]] = [
+        (item["metadata"]["name"], item["metadata"]["labels"], f"{item['spec'].get('progressDeadlineSeconds')}s")
+        for item in of(objects, "Deployment")
+    ]
+    if in_knative_mode(objects):
+        deadlines += [
+            (name, predictor["labels"], predictor.get("annotations", {}).get("serving.knative.dev/progress-deadline"))
+            for name, predictor in predictors(objects)
+        ]
+    for name, labels, deadline in deadlines:
+        config = configs.get(labels["baton-revision"])  # without one another rule says so
+        if config is not None and deadline != f"{600 + math.ceil(config.limits.start_timeout_s)}s":
+            yield f"{name} is given up after {deadline}"
+
+
 def probes_tell_the_truth(objects: Objects) -> Iterator[str]:
     """Ready is asked of the model, since the server always says yes in KServe; alive of the server, never the model."""
     for item in of(objects, "ServingRuntime", "ClusterServingRuntime"):
@@ -413,6 +431,7 @@ RULES: tuple[Rule, ...] = (
     nothing_runs_as_root,
     mounts_have_volumes,
     grace_periods_agree,
+    starts_have_time,
     probes_tell_the_truth,
     ray_nodes_tell_their_health,
     runtimes_are_found,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -120,10 +121,14 @@ def put(kind: str, path: str, value: Any) -> Callable[[Objects], None]:
     return mutate
 
 
-def drains_longer(objects: Objects) -> None:
-    """Change `limits.drain_s` in the first revision's settings, and nothing that follows from it."""
+def with_limits(objects: Objects, **limits: float) -> None:
+    """Change `limits` in the first revision's settings, and nothing that follows from them."""
     data = find(objects, "ConfigMap")["data"]
-    data["settings.yaml"] = yaml.safe_dump({**yaml.safe_load(data["settings.yaml"]), "limits": {"drain_s": 600}})
+    data["settings.yaml"] = yaml.safe_dump({**yaml.safe_load(data["settings.yaml"]), "limits": limits})
+
+
+drains_longer = functools.partial(with_limits, drain_s=600)
+starts_longer = functools.partial(with_limits, start_timeout_s=3600.5)
 
 
 RUNTIME = "spec.containers.0"
@@ -231,6 +236,14 @@ RULE_MUTATIONS = {
         put("InferenceService", "spec.predictor.initContainers.0.startupProbe", {"exec": {"command": ["true"]}}),
     ),
     "a second port": ("knative-kuberay", put("ServingRuntime", f"{RUNTIME}.ports.1", {"containerPort": 8081})),
+    "Deployments that start longer": ("standard-keda", starts_longer),
+    "Knative's predictor that starts longer": ("knative-kuberay", starts_longer),
+    "Kubernetes' own deadline": ("standard-keda", put("Deployment", "spec.progressDeadlineSeconds", None)),
+    "Knative's own deadline": ("knative-kuberay canary", put("InferenceService", "spec.predictor.annotations", None)),
+    "a deadline that Knative can't read": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.annotations", {"serving.knative.dev/progress-deadline": "2400"}),
+    ),
     "no pause": ("standard-kuberay", put("ServingRuntime", f"{RUNTIME}.lifecycle.preStop.exec.command", ["true"])),
     "a probe that lies": (
         "standard-kuberay",
