@@ -46,7 +46,10 @@ class LimitSettings(Settings):
         "than the longest step.",
     )
     start_timeout_s: float = Field(
-        1800.0, gt=0, description="How long a start may take before it is given up, in seconds."
+        1800.0,
+        gt=0,
+        description="How long a start may take before it is given up, in seconds. Progress deadlines on Kubernetes "
+        "follow from it.",
     )
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 from kserve_adapter.manifest.settings import KubernetesSettings, PoolPods
 from runtime.grace import NODE_VARIABLE, PRE_STOP_S, GracePeriods
+from runtime.limit_settings import LimitSettings
 
 Object = dict[str, Any]
 """A Kubernetes object, or part of one, as its API has it."""
@@ -14,6 +15,9 @@ Object = dict[str, Any]
 HTTP_PORT, GRPC_PORT, RAY_METRICS_PORT, GCS_PORT, DASHBOARD_PORT = 8080, 8081, 8090, 6379, 8265
 RAY_AGENT_PORT = 52365
 """Ray's own default; every node's agent tells its health there (`/api/healthz`)."""
+
+PLACEMENT_S = 600
+"""How long a pod may take before its processes start (node, image, init container): Kubernetes' own default."""
 
 SETTINGS_PATH = "/etc/baton"
 MODEL_DIR = "/mnt/models"
@@ -32,6 +36,12 @@ POD_SECURITY: Object = {
     "fsGroup": 1000,
     "seccompProfile": {"type": "RuntimeDefault"},
 }
+KNATIVE_SECURITY: Object = {
+    **CONTAINER_SECURITY,
+    **{key: value for key, value in POD_SECURITY.items() if key != "fsGroup"},
+}
+"""Of a predictor's containers in Knative mode: Knative refuses a pod's, and `fsGroup` with it, which emptyDirs and
+ConfigMaps do without."""
 
 
 def labels(settings: KubernetesSettings, revision: str, part: str) -> dict[str, str]:
@@ -54,6 +64,11 @@ def pre_stop() -> Object:
 def termination_s(grace: GracePeriods) -> int:
     """`terminationGracePeriodSeconds` of every pod: how long it may take to go, `preStop` included."""
     return math.ceil(grace.pod_s)
+
+
+def progress_deadline_s(limits: LimitSettings) -> int:
+    """How long a Deployment's pods may take to be ready before it counts as failed."""
+    return PLACEMENT_S + math.ceil(limits.start_timeout_s)
 
 
 def ray_probes() -> Object:
@@ -103,17 +118,19 @@ def ray_environment(settings: KubernetesSettings, grace: GracePeriods) -> Object
 
 
 def model_source(
-    settings: KubernetesSettings, *, with_weights: bool
+    settings: KubernetesSettings, *, with_weights: bool, shared: bool, security: Object
 ) -> tuple[list[Object], list[Object], list[Object]]:
     """Init container, volumes and mounts that put the model to `MODEL_DIR` before a container starts.
 
-    Pods of one node share the cache there: the first one fetches, the others find it. A front end has no use for the
-    weights and fetches the rest into its own.
+    Args:
+        with_weights: a front end has no use for the weights and fetches the rest.
+        shared: pods of one node share the cache there: the first one fetches, the others find it.
+        security: the init container's `securityContext`.
     """
     if not settings.model_uri:
         return [], [], []
     cache: Object = {"name": "model-cache", "emptyDir": {}}
-    if settings.cache_path and with_weights:
+    if settings.cache_path and shared:
         cache = {"name": "model-cache", "hostPath": {"path": settings.cache_path, "type": "DirectoryOrCreate"}}
     mounts = [{"name": "model-cache", "mountPath": "/var/cache/baton"}, {"name": "mnt", "mountPath": "/mnt"}]
     command = ["baton", "fetch", settings.model_uri, "--cache", "/var/cache/baton", "--link", MODEL_DIR]
@@ -124,7 +141,7 @@ def model_source(
         "command": command,
         "env": environment(settings)["env"][:1],
         "volumeMounts": [*mounts, {"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108
-        "securityContext": CONTAINER_SECURITY,
+        "securityContext": security,
         "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "4Gi"}},
     }
     if settings.model_secret:
@@ -154,7 +171,9 @@ def worker_pod(
     if pods.rdma_resource:
         extended[pods.rdma_resource] = "1"
         security["capabilities"] = {"drop": ["ALL"], "add": ["IPC_LOCK"]}  # to register memory with the device
-    inits, model_volumes, model_mounts = model_source(settings, with_weights=True)
+    inits, model_volumes, model_mounts = model_source(
+        settings, with_weights=True, shared=True, security=CONTAINER_SECURITY
+    )
     volumes, mounts = scratch(shm=pods.shm)
     container: Object = {
         "name": "ray-worker",

@@ -13,6 +13,7 @@ from kserve_adapter.manifest.pods import (
     Object,
     labels,
     pre_stop,
+    progress_deadline_s,
     ray_environment,
     ray_probes,
     resources,
@@ -162,6 +163,7 @@ def _deployment(settings: KubernetesSettings, config: Config, revision: str, rol
             "selector": {"matchLabels": selector},
             "template": template,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+            "progressDeadlineSeconds": progress_deadline_s(config.limits),
         },
     }
 

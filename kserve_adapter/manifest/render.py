@@ -69,7 +69,7 @@ def _revision(settings: KubernetesSettings, config: Config) -> tuple[serving.Rev
         "metadata": {"name": settings_map, "labels": {"baton-name": settings.name, "baton-revision": name}},
         "data": {"settings.yaml": yaml.safe_dump(_in_cluster(settings, config, name), sort_keys=False)},
     }
-    revision = serving.Revision(settings, name, settings_map, config.limits.grace)
+    revision = serving.Revision(settings, name, settings_map, config.limits)
     return revision, [config_map, *pools(settings, config, name, settings_map)]
 
 

@@ -8,6 +8,7 @@ from kserve_adapter.manifest.pods import (
     CONTAINER_SECURITY,
     GRPC_PORT,
     HTTP_PORT,
+    KNATIVE_SECURITY,
     MODEL_DIR,
     POD_SECURITY,
     SETTINGS_PATH,
@@ -16,6 +17,7 @@ from kserve_adapter.manifest.pods import (
     labels,
     model_source,
     pre_stop,
+    progress_deadline_s,
     resources,
     scratch,
     settings_volume,
@@ -24,11 +26,14 @@ from kserve_adapter.manifest.pods import (
 )
 from kserve_adapter.manifest.pools import cluster_name, head_address
 from kserve_adapter.manifest.settings import KubernetesSettings
-from runtime.grace import GracePeriods
+from runtime.limit_settings import LimitSettings
 
 FORMAT = "baton"
 RUNNING = "vllm:num_requests_running"
 """vLLM's own gauge: what a front end works on."""
+
+PROGRESS_DEADLINE = "serving.knative.dev/progress-deadline"
+"""Annotation of a revision of Knative's, which is scaled to zero when it is not ready by then."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,13 @@ class Revision:
         settings: of the cluster, as this revision's file has them.
         name: of the revision.
         settings_map: ConfigMap with its settings.
-        grace: how long its pods may take to go.
+        limits: how long its pods may take to start and to go.
     """
 
     settings: KubernetesSettings
     name: str
     settings_map: str
-    grace: GracePeriods
+    limits: LimitSettings
 
 
 def runtimes(settings: KubernetesSettings) -> list[Object]:
@@ -74,9 +79,10 @@ def _runtime_spec(settings: KubernetesSettings) -> Object:
         **environment(settings),
         "ports": [{"containerPort": HTTP_PORT, "protocol": "TCP"}],
         "resources": resources(settings.predictor.cpu, settings.predictor.memory),
-        "securityContext": CONTAINER_SECURITY,
+        "securityContext": _security(settings),
         # Knative has a hook of its own and refuses others.
         **({"lifecycle": pre_stop()} if settings.mode == "standard" else {}),
+        # The server lives while the front end waits for workers, and they for their weights: this is for the process.
         "startupProbe": {**live, "periodSeconds": 5, "failureThreshold": 60},
         "livenessProbe": {**live, "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 6},
         "readinessProbe": {**ready, "periodSeconds": 5, "timeoutSeconds": 3, "failureThreshold": 2},
@@ -124,7 +130,12 @@ def inference_service(stable: Revision, canary: Revision | None = None, percent:
 
 def _predictor(revision: Revision) -> Object:
     settings = revision.settings
-    inits, model_volumes, model_mounts = model_source(settings, with_weights=settings.pools == "embedded")
+    embedded = settings.pools == "embedded"
+    # To Knative a `hostPath` is there to be read.
+    shared = embedded and settings.mode == "standard"
+    inits, model_volumes, model_mounts = model_source(
+        settings, with_weights=embedded, shared=shared, security=_security(settings)
+    )
     volumes, mounts = settings_volume(revision.settings_map)
     own = labels(settings, revision.name, "predictor")
     model: Object = {
@@ -136,16 +147,13 @@ def _predictor(revision: Revision) -> Object:
     }
     if settings.model_uri:
         model["args"].append(f"--model_dir={MODEL_DIR}")
-    if settings.pools != "embedded":
+    if not embedded:
         model["env"] = [{"name": "BATON_RAY_ADDRESS", "value": head_address(settings, revision.name)}]
     predictor: Object = {
         "labels": own,
         "serviceAccountName": settings.name,
         "automountServiceAccountToken": False,
-        "securityContext": POD_SECURITY,
-        # Knative takes a pod's grace period from its requests' timeout alone, and refuses the pod's own field.
-        "terminationGracePeriodSeconds" if settings.mode == "standard" else "timeout": termination_s(revision.grace),
-        "topologySpreadConstraints": [spread(own)],
+        **_by_mode(revision, own),
         **_scale(settings),
         "model": model,
     }
@@ -157,6 +165,29 @@ def _predictor(revision: Revision) -> Object:
         if inits:
             predictor["initContainers"] = inits
     return {**predictor, "volumes": volumes}
+
+
+def _security(settings: KubernetesSettings) -> Object:
+    return CONTAINER_SECURITY if settings.mode == "standard" else KNATIVE_SECURITY
+
+
+def _by_mode(revision: Revision, own: dict[str, str]) -> Object:
+    """What a pod says for itself in Standard mode. Knative refuses it, and has ways of its own.
+
+    It takes a pod's grace period from its requests' timeout alone, and prefers other nodes for a revision's pods. In
+    Standard mode the progress deadline is KServe's to set.
+    """
+    seconds = termination_s(revision.limits.grace)
+    if revision.settings.mode == "knative":
+        return {
+            "annotations": {PROGRESS_DEADLINE: f"{progress_deadline_s(revision.limits)}s"},
+            "timeout": seconds,
+        }
+    return {
+        "securityContext": POD_SECURITY,
+        "terminationGracePeriodSeconds": seconds,
+        "topologySpreadConstraints": [spread(own)],
+    }
 
 
 def _scale(settings: KubernetesSettings) -> Object:

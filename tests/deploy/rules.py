@@ -18,11 +18,16 @@ from runtime.config import Config
 from runtime.config_file import parse
 from runtime.errors import ConfigError
 from runtime.grace import NODE_VARIABLE, GracePeriods
+from tests.deploy.knative import refused
 
 Objects = list[dict[str, Any]]
 Rule = Callable[[Objects], Iterator[str]]
 
 KNOWN_METRICS = {DESIRED, QUEUE, RUNNING}
+RUNTIMES_OWN = {"supportedModelFormats", "protocolVersions", "multiModel", "containers"}
+PREDICTORS_OWN = {"name", "labels", "annotations", "model", "timeout", "canaryTrafficPercent"}
+PREDICTORS_OWN |= {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "autoScaling"}
+"""Fields of a ServingRuntime and of a predictor that are KServe's; all others are the pod's."""
 
 
 def of(objects: Objects, *kinds: str) -> Objects:
@@ -47,7 +52,8 @@ def pod_templates(objects: Objects) -> Iterator[tuple[str, dict[str, Any], dict[
         container = dict(runtime["containers"][0])
         for key in ("args", "env", "volumeMounts"):
             container[key] = [*container.get(key, []), *model.get(key, [])]
-        spec = {**predictor, "containers": [container]}
+        common = {key: value for key, value in runtime.items() if key not in RUNTIMES_OWN}
+        spec = {**common, **predictor, "containers": [container]}
         spec["volumes"] = [*runtime["volumes"], *predictor.get("volumes", [])]
         yield f"InferenceService/{name}", spec, predictor["labels"]
 
@@ -61,12 +67,14 @@ def predictors(objects: Objects) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def nothing_runs_as_root(objects: Objects) -> Iterator[str]:
-    """Not root, nothing to gain, a root that can't be written, in every container."""
+    """Not root, nothing to gain, a root that can't be written, no unusual system calls, in every container."""
     for name, spec, _ in pod_templates(objects):
-        if not spec["securityContext"].get("runAsNonRoot") or not spec["securityContext"].get("runAsUser"):
-            yield f"{name} may run as root"
         for container in [*spec["containers"], *spec.get("initContainers", [])]:
-            security = container.get("securityContext", {})
+            security = {**spec.get("securityContext", {}), **container.get("securityContext", {})}
+            if not security.get("runAsNonRoot") or not security.get("runAsUser") or not security.get("runAsGroup"):
+                yield f"{name}/{container['name']} may run as root"
+            if security.get("seccompProfile") != {"type": "RuntimeDefault"}:
+                yield f"{name}/{container['name']} may make any system call"
             if security.get("allowPrivilegeEscalation") is not False or security["capabilities"]["drop"] != ["ALL"]:
                 yield f"{name}/{container['name']} can gain privileges"
             if not security.get("readOnlyRootFilesystem"):
@@ -98,8 +106,7 @@ def mounts_have_volumes(objects: Objects) -> Iterator[str]:
 def grace_periods_agree(objects: Objects) -> Iterator[str]:
     """Everybody's patience with a pod is what `limits.drain_s` in the settings of the pod's revision makes of it."""
     revisions = dict(revision_settings(objects))
-    notes = [item["metadata"]["annotations"] for item in of(objects, "InferenceService")]
-    knative = any(note["serving.kserve.io/deploymentMode"] == "Knative" for note in notes)
+    knative = in_knative_mode(objects)
     for name, spec, labels in pod_templates(objects):
         config = revisions.get(labels["baton-revision"])
         if config is None:
@@ -107,6 +114,12 @@ def grace_periods_agree(objects: Objects) -> Iterator[str]:
         grace, predictor = config.limits.grace, labels["baton-part"] == "predictor"
         yield from (f"{name}: {problem}" for problem in _kubelets_patience(spec, grace, predictor and knative))
         yield from (f"{name}: {problem}" for problem in _own_patience(spec["containers"][0], grace, predictor))
+
+
+def in_knative_mode(objects: Objects) -> bool:
+    """Whether the predictors are Knative's."""
+    notes = [item["metadata"]["annotations"] for item in of(objects, "InferenceService")]
+    return any(note["serving.kserve.io/deploymentMode"] == "Knative" for note in notes)
 
 
 def _kubelets_patience(spec: dict[str, Any], grace: GracePeriods, knative: bool) -> Iterator[str]:
@@ -137,6 +150,24 @@ def revision_settings(objects: Objects) -> Iterator[tuple[str, Config]]:
     for item in of(objects, "ConfigMap"):
         with contextlib.suppress(ConfigError):
             yield item["metadata"]["labels"]["baton-revision"], parse(yaml.safe_load(item["data"]["settings.yaml"]))
+
+
+def starts_have_time(objects: Objects) -> Iterator[str]:
+    """Who gives up pods that are not ready in time has their revision's patience on top of Kubernetes' own."""
+    configs = dict(revision_settings(objects))
+    deadlines: list[tuple[str, dict[str, str], str | None]] = [
+        (item["metadata"]["name"], item["metadata"]["labels"], f"{item['spec'].get('progressDeadlineSeconds')}s")
+        for item in of(objects, "Deployment")
+    ]
+    if in_knative_mode(objects):
+        deadlines += [
+            (name, predictor["labels"], predictor.get("annotations", {}).get("serving.knative.dev/progress-deadline"))
+            for name, predictor in predictors(objects)
+        ]
+    for name, labels, deadline in deadlines:
+        config = configs.get(labels["baton-revision"])  # without one another rule says so
+        if config is not None and deadline != f"{600 + math.ceil(config.limits.start_timeout_s)}s":
+            yield f"{name} is given up after {deadline}"
 
 
 def probes_tell_the_truth(objects: Objects) -> Iterator[str]:
@@ -293,6 +324,16 @@ def kserves_webhooks_would_agree(objects: Objects) -> Iterator[str]:
                 yield "autoScaling needs autoscalerClass keda"
 
 
+def knative_would_agree(objects: Objects) -> Iterator[str]:
+    """The rules of Knative's webhook: most of a pod's fields need a feature flag that is off by default."""
+    if not in_knative_mode(objects):
+        return
+    for name, spec, labels in pod_templates(objects):
+        if labels["baton-part"] == "predictor":
+            pod = {key: value for key, value in spec.items() if key not in PREDICTORS_OWN}
+            yield from (f"{name}: to Knative, {problem}" for problem in refused(pod))
+
+
 def kuberay_would_agree(objects: Objects) -> Iterator[str]:
     """The rules of KubeRay's operator, which schemas don't have."""
     longest = {"RayCluster": 53, "RayService": 47}
@@ -390,6 +431,7 @@ RULES: tuple[Rule, ...] = (
     nothing_runs_as_root,
     mounts_have_volumes,
     grace_periods_agree,
+    starts_have_time,
     probes_tell_the_truth,
     ray_nodes_tell_their_health,
     runtimes_are_found,
@@ -398,6 +440,7 @@ RULES: tuple[Rule, ...] = (
     queries_name_what_exists,
     scalers_have_targets,
     kserves_webhooks_would_agree,
+    knative_would_agree,
     kuberay_would_agree,
     settings_are_batons,
     revisions_stay_apart,

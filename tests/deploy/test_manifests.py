@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from runtime.cli import main
 from runtime.config_file import parse
 from runtime.errors import ConfigError
 from tests.conftest import ROOT
-from tests.deploy.rules import Objects, broken, of, predictors
+from tests.deploy.knative import FLAGS
+from tests.deploy.rules import Objects, broken, in_knative_mode, of, predictors
 from tests.deploy.schemas import CRDS, is_custom, problems
 
 needs_crds = pytest.mark.skipif(
@@ -57,6 +59,7 @@ def sets() -> dict[str, Objects]:
     longer = parse({**changed("standard-kuberay", **CANARY), "limits": {"drain_s": 600.5, "wait_for_worker_s": 10}})
     made["a canary that drains longer"] = render(config("standard-kuberay"), longer, 10)
     made["local model cache"] = render(parse(changed("standard-kuberay", local_model_cache=CACHE)))
+    made["knative embedded"] = render(parse(changed("cpu-embedded", mode="knative")))
     made["desired"] = render(
         parse(changed("standard-keda", signal="desired", namespace="models", api_keys_secret="keys"))
     )
@@ -110,16 +113,22 @@ def put(kind: str, path: str, value: Any) -> Callable[[Objects], None]:
             at = at[part]
         if value is None:
             del at[last]
+        elif isinstance(at, list) and last == len(at):
+            at.append(value)
         else:
             at[last] = value
 
     return mutate
 
 
-def drains_longer(objects: Objects) -> None:
-    """Change `limits.drain_s` in the first revision's settings, and nothing that follows from it."""
+def with_limits(objects: Objects, **limits: float) -> None:
+    """Change `limits` in the first revision's settings, and nothing that follows from them."""
     data = find(objects, "ConfigMap")["data"]
-    data["settings.yaml"] = yaml.safe_dump({**yaml.safe_load(data["settings.yaml"]), "limits": {"drain_s": 600}})
+    data["settings.yaml"] = yaml.safe_dump({**yaml.safe_load(data["settings.yaml"]), "limits": limits})
+
+
+drains_longer = functools.partial(with_limits, drain_s=600)
+starts_longer = functools.partial(with_limits, start_timeout_s=3600.5)
 
 
 RUNTIME = "spec.containers.0"
@@ -141,7 +150,12 @@ SCHEMA_MUTATIONS = {
     "an unknown field": ("standard-keda", put("Deployment", "spec.template.spec.tolerations.0.key_", "x")),
 }
 RULE_MUTATIONS = {
-    "root": ("standard-kuberay", put("RayCluster", f"{POD}.securityContext.runAsNonRoot", False)),
+    "root": ("standard-kuberay", put("RayCluster", f"{POD}.securityContext.runAsUser", 0)),
+    "root in Knative mode": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.initContainers.0.securityContext.runAsUser", None),
+    ),
+    "any system call": ("standard-kuberay", put("RayCluster", f"{HEAD}.securityContext.seccompProfile", None)),
     "a writable root": (
         "standard-kuberay",
         put("RayCluster", f"{POD}.containers.0.securityContext.readOnlyRootFilesystem", False),
@@ -179,6 +193,56 @@ RULE_MUTATIONS = {
     "a hook that Knative refuses": (
         "knative-kuberay",
         put("ServingRuntime", f"{RUNTIME}.lifecycle", {"preStop": {"exec": {"command": ["sleep", "15"]}}}),
+    ),
+    "a pod's security, which Knative refuses": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.securityContext", {"fsGroup": 1000}),
+    ),
+    "constraints that Knative refuses": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.topologySpreadConstraints", []),
+    ),
+    "nodes that Knative lets nobody choose": (
+        "knative-kuberay canary",
+        put("InferenceService", "spec.predictor.nodeSelector", {"x": "y"}),
+    ),
+    "a runtime's field that Knative refuses": ("knative-kuberay", put("ServingRuntime", "spec.tolerations", [])),
+    "a node's directory, which Knative refuses": (
+        "knative embedded",
+        put("InferenceService", "spec.predictor.volumes.1", {"name": "model-cache", "hostPath": {"path": "/x"}}),
+    ),
+    "a ConfigMap that Knative lets nobody write": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.model.volumeMounts.0.readOnly", False),
+    ),
+    "a volume for nobody": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.volumes.3", {"name": "idle", "emptyDir": {}}),
+    ),
+    "a token of the API server": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.automountServiceAccountToken", True),
+    ),
+    "a capability that Knative refuses": (
+        "knative-kuberay",
+        put("ServingRuntime", f"{RUNTIME}.securityContext.capabilities.add", ["IPC_LOCK"]),
+    ),
+    "a variable from the pod's fields": (
+        "knative-kuberay",
+        put("ServingRuntime", f"{RUNTIME}.env.0.valueFrom", {"fieldRef": {"fieldPath": "status.podIP"}}),
+    ),
+    "a probe of an init container": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.initContainers.0.startupProbe", {"exec": {"command": ["true"]}}),
+    ),
+    "a second port": ("knative-kuberay", put("ServingRuntime", f"{RUNTIME}.ports.1", {"containerPort": 8081})),
+    "Deployments that start longer": ("standard-keda", starts_longer),
+    "Knative's predictor that starts longer": ("knative-kuberay", starts_longer),
+    "Kubernetes' own deadline": ("standard-keda", put("Deployment", "spec.progressDeadlineSeconds", None)),
+    "Knative's own deadline": ("knative-kuberay canary", put("InferenceService", "spec.predictor.annotations", None)),
+    "a deadline that Knative can't read": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.annotations", {"serving.knative.dev/progress-deadline": "2400"}),
     ),
     "no pause": ("standard-kuberay", put("ServingRuntime", f"{RUNTIME}.lifecycle.preStop.exec.command", ["true"])),
     "a probe that lies": (
@@ -353,6 +417,22 @@ def test_the_files_are_those_of_the_code() -> None:
 def test_the_reference_is_up_to_date() -> None:
     """`make docs` was run after the last change of a setting."""
     assert (ROOT / "docs/kubernetes.md").read_text() == reference()
+
+
+def test_the_guide_has_knative_take_what_is_rendered() -> None:
+    """`docs/kserve.md` turns on the feature flags that predictors need, and no others; the chart's notes name them."""
+    predictor_fields = {
+        field
+        for objects in SETS.values()
+        if in_knative_mode(objects)
+        for _, predictor in predictors(objects)
+        for field in predictor
+    }
+    assert set(FLAGS) <= predictor_fields
+    guide = (ROOT / "docs/kserve.md").read_text()
+    assert set(re.findall(r'"(kubernetes\.[a-z-]+)": "enabled"', guide)) == set(FLAGS.values())
+    notes = (ROOT / "deploy/chart/templates/NOTES.txt").read_text()
+    assert set(re.findall(r"kubernetes\.[a-z-]+", notes)) == set(FLAGS.values())
 
 
 def test_canaries_in_both_ways() -> None:
