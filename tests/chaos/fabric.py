@@ -26,7 +26,6 @@ from kv_transfer.worker import EngineWorker
 from runtime import engine_board
 from runtime.cache_view import CacheView
 from runtime.cluster import Cluster
-from runtime.fleet import Fleet
 from runtime.limit_settings import LimitSettings
 from runtime.placement import Placement
 from runtime.policy.admission import AdmissionPolicy
@@ -363,19 +362,10 @@ class FrontEnd:
     ) -> None:
         self.name = uuid.uuid4().hex
         self.fabric = fabric
-        settings = LimitSettings(**limits)
         placement = Placement(PRESETS[preset], CacheView(100_000))
-        self.cluster = Cluster(settings, placement, admission)
+        self.cluster = Cluster(LimitSettings(**limits), placement, admission)
         handles: Any = {role: Handle(fabric, role) for role in ROLES}
-        self.cluster.fleet = Fleet(
-            self.name,
-            handles,
-            fabric.token,
-            self.cluster.on_outputs,
-            self.cluster.on_lost,
-            self.cluster.ledger.unsettled,
-            settings.grace.move_s,
-        )
+        self.cluster.connect(self.name, handles, fabric.token)
         self.warmer = Warmer(self, self.cluster)  # type: ignore[arg-type]
         self._queues: dict[str, asyncio.Queue[tuple[list[int], str | None]]] = {}
         self._reader: asyncio.Task[None] | None = None

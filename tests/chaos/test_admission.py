@@ -216,5 +216,5 @@ async def test_overload(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatc
     assert memory[1] < 1.05 * memory[0]
     assert recovered_s < 5.0
     assert not front_end.cluster._live
-    assert not front_end.cluster._legs
+    assert not front_end.cluster.legs.by_id
     await nothing_left(*built)

@@ -132,7 +132,7 @@ class Gateway:
                 "handoffs": dict(cluster.ledger.outstanding()),
                 "leases": self.fabric.leases_expired(),
                 "live requests": list(cluster._live),
-                "legs": [leg.id for leg in cluster._legs.values() if not leg.abandoned],
+                "legs": [leg.id for leg in cluster.legs.by_id.values() if not leg.abandoned],
                 "outputs awaited": list(self.front_end.llm.output_processor.request_states),
                 "dead": [w.engine.facts.role for pool in self.fabric.pools.values() for w in pool if w._dead],
                 "missing": [role for role in ROLES if len(self.fabric.pools[role]) != 2],
