@@ -19,7 +19,9 @@ from runtime import fleet as fleet_module
 from runtime import link as link_module
 from runtime.legs import Leg
 from runtime.limit_settings import LimitSettings
-from tests.chaos.fabric import Fabric, FrontEnd, Worker, answer, bare_model, fabrics
+from tests.chaos.fabric import Fabric, Worker
+from tests.chaos.front_end import FrontEnd, fabrics
+from tests.chaos.model import answer, bare_model
 
 SEEDS = [int(os.environ["BATON_CHAOS_SEED"])] if "BATON_CHAOS_SEED" in os.environ else [1, 2, 3]
 """`BATON_CHAOS_SEED=N` replays one run."""
@@ -56,7 +58,7 @@ async def read(front_end: FrontEnd, name: str, prompt: list[int], tokens: int, *
 
 
 def _left_over(fabric: Fabric, front_ends: tuple[FrontEnd, ...]) -> list[Any]:
-    engines = [(w.engine.facts.role, w.simulated.state()) for pool in fabric.pools.values() for w in pool]
+    engines = [(w.engine.facts.role, w.simulated.state()) for w in fabric.workers()]
     outstanding = [front_end.cluster.ledger.outstanding() for front_end in front_ends]
     return [engine for engine in engines if engine[1]["blocks_held"]] + [count for count in outstanding if count]
 
@@ -448,7 +450,7 @@ async def test_everything_at_once(make: Callable[..., Any], seed: int) -> None:
     calm.set()
     await mischief
     fabric.loss_rate = 0.0
-    for worker in [worker for pool in fabric.pools.values() for worker in pool]:
+    for worker in fabric.workers():
         worker.simulated.faults.hang = False
         worker.simulated._work.set()
     print(f"seed {seed}: {fabric.kills} kills")
