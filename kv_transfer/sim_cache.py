@@ -9,23 +9,6 @@ from dataclasses import dataclass, field
 BlockKey = Hashable
 
 
-@dataclass(frozen=True)
-class BlocksStored:
-    """Full blocks that can be hit from now on, in the order of their chain."""
-
-    keys: tuple[BlockKey, ...]
-
-
-@dataclass(frozen=True)
-class BlocksRemoved:
-    """Blocks that were evicted."""
-
-    keys: tuple[BlockKey, ...]
-
-
-KvEvent = BlocksStored | BlocksRemoved
-
-
 def block_keys(tokens: Sequence[int], block_tokens: int, salt: Hashable = None) -> list[int]:
     """The keys of the full blocks of `tokens`: each is the hash of its tokens and of its parent's key."""
     keys: list[int] = []
@@ -39,10 +22,13 @@ def block_keys(tokens: Sequence[int], block_tokens: int, salt: Hashable = None) 
 
 @dataclass
 class BlockCache:
-    """`capacity` blocks, each held by some requests or free; those that were filled can be hit, held or free."""
+    """`capacity` blocks, each held by some requests or free; those that were filled can be hit, held or free.
+
+    `on_removed` is called with blocks that can be hit no more.
+    """
 
     capacity: int
-    on_event: Callable[[KvEvent], None] | None = None
+    on_removed: Callable[[Sequence[BlockKey]], object] | None = None
     _held: dict[BlockKey, int] = field(default_factory=dict)
     _filled: set[BlockKey] = field(default_factory=set)  # of those that are held; all free ones are
     _free: OrderedDict[BlockKey, None] = field(default_factory=OrderedDict)
@@ -76,7 +62,6 @@ class BlockCache:
         """The content of these blocks, which somebody holds, is there. Returns those that could not be hit before."""
         stored = tuple(key for key in keys if key not in self._filled)
         self._filled.update(stored)
-        self._tell(BlocksStored(stored))
         return stored
 
     def release(self, keys: Sequence[BlockKey]) -> None:
@@ -93,16 +78,16 @@ class BlockCache:
         """Forget all free blocks; False, and nothing happens, while any block is held."""
         if self._held:
             return False
-        self._tell(BlocksRemoved(tuple(self._free)))
+        self._tell_removed(list(self._free))
         self._free.clear()
         return True
 
     def _evict(self) -> None:
-        removed = []
+        removed: list[BlockKey] = []
         while len(self._held) + len(self._free) > self.capacity:
             removed.append(self._free.popitem(last=False)[0])
-        self._tell(BlocksRemoved(tuple(removed)))
+        self._tell_removed(removed)
 
-    def _tell(self, event: KvEvent) -> None:
-        if self.on_event is not None and event.keys:
-            self.on_event(event)
+    def _tell_removed(self, keys: list[BlockKey]) -> None:
+        if self.on_removed is not None and keys:
+            self.on_removed(keys)

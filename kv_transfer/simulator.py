@@ -12,42 +12,21 @@ import json
 import time
 import uuid
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
 
 from kv_transfer.engine import EngineDied, EngineError, EngineFacts
 from kv_transfer.events import BlockRemoved
-from kv_transfer.handoff import KV_PARAMS
 from kv_transfer.settings import EngineSettings
-from kv_transfer.sim_cache import BlockCache, BlockKey, BlocksRemoved, KvEvent, block_keys
+from kv_transfer.sim_cache import BlockCache, BlockKey
 from kv_transfer.sim_events import EventPublisher, runs
-from kv_transfer.sim_text import fold, likeliest, logprobs, next_token, prompt_logprobs
+from kv_transfer.sim_request import SimRequest, kv_params
 from kv_transfer.sim_transfer import RELEASE_TIMEOUT_S, TransferServer, settle_remote
-
-if TYPE_CHECKING:
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
-    from vllm.v1.metrics.stats import SchedulerStats
-
-
-@dataclass(eq=False)
-class _Request:
-    """A request in the engine."""
-
-    request: EngineCoreRequest
-    params: dict[str, Any]  # KV transfer parameters
-    keys: list[int]  # content keys of the prompt's full blocks
-    seed: int  # rolling hash of all tokens so far
-    held: list[BlockKey] = field(default_factory=list)
-    cached: int = 0  # prompt tokens found in this engine's cache
-    pulled: int = 0  # prompt tokens that came from a prefill engine
-    read: int = 0  # prompt tokens whose KV is here
-    made: int = 0  # tokens of the answer
-    fetch: asyncio.Task[None] | None = None
-
-    @property
-    def prompt(self) -> list[int]:
-        return self.request.prompt_token_ids or []
 
 
 @dataclass
@@ -71,12 +50,12 @@ class SimulatedEngine:
         self._sim = settings.simulator
         self._vocab = int(shape["vocab_size"])
         self._window = int(settings.args.get("max_model_len") or shape["max_position_embeddings"])
-        self._cache = BlockCache(self._sim.num_blocks, self._evicted)
+        self._cache = BlockCache(self._sim.num_blocks, self._removed)
         self._events = EventPublisher()
-        self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []
-        self._fetching: set[_Request] = set()
-        self._handoffs: dict[str, tuple[_Request, asyncio.TimerHandle]] = {}
+        self._waiting: deque[SimRequest] = deque()
+        self._running: list[SimRequest] = []
+        self._fetching: set[SimRequest] = set()
+        self._handoffs: dict[str, tuple[SimRequest, asyncio.TimerHandle]] = {}
         self._outputs: asyncio.Queue[EngineCoreOutputs | None] = asyncio.Queue()
         self._work = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
@@ -89,8 +68,6 @@ class SimulatedEngine:
     @classmethod
     async def start(cls, settings: EngineSettings) -> SimulatedEngine:
         """Start an engine; it listens for pulls on the transport's host."""
-        import vllm.v1.engine  # noqa: F401  # seconds that the first request would wait for
-
         engine = cls(settings)
         try:
             await engine._start()
@@ -127,24 +104,20 @@ class SimulatedEngine:
 
     async def add(self, request: EngineCoreRequest) -> None:
         """See `Engine.add`."""
-        sampling = request.sampling_params
-        params = dict((sampling.extra_args or {}).get(KV_PARAMS) or {}) if sampling else {}
         if request.abort_immediately:
+            params = kv_params(request)
             if params.get("remote_engine_id") == self._engine_id:
                 self._give_up(str(params["remote_request_id"]))
             return
-        prompt = request.prompt_token_ids or []
-        salt = (request.cache_salt, request.lora_request.lora_name if request.lora_request else None)
-        entry = _Request(request, params, block_keys(prompt, self._sim.block_tokens, salt), fold(0, prompt))
-        self._waiting.append(entry)
+        self._waiting.append(SimRequest.of(request, self._sim.block_tokens))
         self._work.set()
 
     async def abort(self, request_ids: list[str]) -> None:
         """See `Engine.abort`."""
         wanted = set(request_ids)
         for entry in [*self._waiting, *self._running, *self._fetching]:
-            if entry.request.request_id in wanted:
-                unpulled = entry.params.get("do_remote_prefill") and entry not in self._running
+            if entry.id in wanted:
+                unpulled = entry.is_pull and entry not in self._running
                 self._drop(entry)
                 if unpulled:
                     self._spawn(settle_remote(entry.params, RELEASE_TIMEOUT_S))
@@ -212,42 +185,36 @@ class SimulatedEngine:
                 await self._work.wait()
                 continue
             readers = self._readers()
-            writers = sum(entry.read >= len(entry.prompt) for entry in self._running)
-            seconds = 0.0 if self._sim.zero_time else self._step_s(_tokens(readers)) * self.faults.slow
+            prompt_tokens = sum(tokens for _, tokens in readers)
+            writers = sum(entry.is_read for entry in self._running)
+            seconds = 0.0 if self._sim.zero_time else self._step_s(prompt_tokens) * self.faults.slow
             await asyncio.sleep(seconds)
             outputs = self._step(readers)
             if not self.faults.dead:
-                self._emit(outputs, self._stats(_tokens(readers), writers, seconds))
+                self._emit(outputs, self._stats(prompt_tokens, writers, seconds))
 
     def _admit(self) -> None:
         """Move waiting requests to the batch while there are places and blocks; pulls start here."""
         while self._waiting and len(self._running) + len(self._fetching) < self._sim.max_batch_requests:
             entry = self._waiting[0]
             cached = min(self._cache.hits(entry.keys) * self._sim.block_tokens, max(0, len(entry.prompt) - 1))
-            tail = max(0, -(-len(entry.prompt) // self._sim.block_tokens) - len(entry.keys))
-            held = [*entry.keys, *((entry.request.request_id, i) for i in range(tail + self._answer_blocks(entry)))]
+            held = entry.blocks(self._sim.block_tokens, self._window)
             if len(held) > self._cache.capacity or self.faults.fail_legs > 0:
                 self.faults.fail_legs = max(0, self.faults.fail_legs - 1)
                 self._waiting.popleft()  # it will never fit
-                self._emit([self._error(entry)])
+                self._emit([entry.error()])
                 continue
             if not self._cache.hold(held):
                 return
             self._waiting.popleft()
             entry.held, entry.cached, entry.read = held, cached, cached
-            if entry.params.get("do_remote_prefill"):
+            if entry.is_pull:
                 self._fetching.add(entry)
                 entry.fetch = self._spawn(self._pull(entry))
             else:
                 self._running.append(entry)
 
-    def _answer_blocks(self, entry: _Request) -> int:
-        """Blocks for the answer, reserved at once: a simulated engine makes requests wait and never preempts."""
-        sampling = entry.request.sampling_params
-        tokens = min((sampling.max_tokens if sampling else 1) or 1, self._window - len(entry.prompt))
-        return -(-tokens // self._sim.block_tokens)
-
-    def _readers(self) -> list[tuple[_Request, int]]:
+    def _readers(self) -> list[tuple[SimRequest, int]]:
         """Which requests read how many prompt tokens in this step (chunked prefill, first come first served)."""
         budget, readers = self._sim.max_step_tokens, []
         for entry in self._running:
@@ -266,14 +233,14 @@ class SimulatedEngine:
             + prompt_tokens / self._sim.prefill_tokens_per_s
         )
 
-    def _step(self, readers: list[tuple[_Request, int]]) -> list[EngineCoreOutput]:
+    def _step(self, readers: list[tuple[SimRequest, int]]) -> list[EngineCoreOutput]:
         for entry, tokens in readers:
             if entry in self._running:  # and was not aborted during the step
                 self._read(entry, tokens)
-        done = [entry for entry in self._running if entry.read >= len(entry.prompt)]
-        return [self._token(entry) for entry in done]
+        writers = [entry for entry in self._running if entry.is_read]
+        return [self._write(entry) for entry in writers]
 
-    def _read(self, entry: _Request, tokens: int) -> None:
+    def _read(self, entry: SimRequest, tokens: int) -> None:
         """Note that the KV of the next prompt tokens is here."""
         block = self._sim.block_tokens
         before, entry.read = entry.read, entry.read + tokens
@@ -282,47 +249,23 @@ class SimulatedEngine:
             name, salt = lora.lora_name if lora else None, entry.request.cache_salt
             self._events.tell(runs(entry.keys, set(stored), entry.prompt, block, name, salt))
 
-    def _evicted(self, event: KvEvent) -> None:
-        if isinstance(event, BlocksRemoved):
-            self._events.tell([BlockRemoved([key for key in event.keys if isinstance(key, int)], "GPU")])
+    def _removed(self, keys: Sequence[BlockKey]) -> None:
+        """Tell of blocks that can be hit no more; only those with content of a prompt ever could."""
+        self._events.tell([BlockRemoved([key for key in keys if isinstance(key, int)], "GPU")])
 
-    def _token(self, entry: _Request) -> EngineCoreOutput:
-        """The next token of a request, and its end if this is the last."""
-        from vllm.v1.engine import EngineCoreOutput, FinishReason
-        from vllm.v1.metrics.stats import PrefillStats
-
-        token = next_token(entry.seed, self._vocab)
-        entry.seed = fold(entry.seed, [token])
-        entry.made += 1
-        output = EngineCoreOutput(request_id=entry.request.request_id, new_token_ids=[token])
-        if entry.made == 1:
-            output.prefill_stats = PrefillStats()
-            output.prefill_stats.set(len(entry.prompt), entry.cached, entry.pulled)
+    def _write(self, entry: SimRequest) -> EngineCoreOutput:
+        """The next token of a request, which leaves with the last one."""
+        output = entry.write(self._vocab, self._window)
+        if output.prefill_stats is not None:
             self.prompt_tokens_computed += output.prefill_stats.num_computed_tokens
-        sampling = entry.request.sampling_params
-        limit = (sampling.max_tokens if sampling else 1) or 1
-        if sampling and token in (sampling.stop_token_ids or ()) and entry.made > (sampling.min_tokens or 0):
-            output.finish_reason, output.stop_reason = FinishReason.STOP, token
-        elif entry.made >= limit or len(entry.prompt) + entry.made >= self._window:
-            output.finish_reason = FinishReason.LENGTH
-        if sampling and sampling.logprobs is not None:
-            wanted = sampling.logprob_token_ids or likeliest(token, self._vocab, sampling.logprobs)
-            output.new_logprobs = logprobs(token, wanted)
-        if entry.made == 1 and sampling and sampling.prompt_logprobs is not None and len(entry.prompt) > 1:
-            others = [likeliest(told, self._vocab, sampling.prompt_logprobs) for told in entry.prompt[1:]]
-            output.new_prompt_logprobs_tensors = prompt_logprobs(entry.prompt[1:], others)
-        if output.finish_reason is not None:
-            self._finish(entry, output)
-        return output
-
-    def _finish(self, entry: _Request, output: EngineCoreOutput) -> None:
-        if entry.params.get("do_remote_decode"):
+        if output.finished and entry.hands_over:
             self._running.remove(entry)
             output.kv_transfer_params = self._hand_over(entry)
-        else:
+        elif output.finished:
             self._drop(entry)
+        return output
 
-    def _drop(self, entry: _Request) -> None:
+    def _drop(self, entry: SimRequest) -> None:
         """Take a request out of wherever it is and free its blocks."""
         if entry in self._waiting:
             self._waiting.remove(entry)
@@ -336,14 +279,10 @@ class SimulatedEngine:
         self._work.set()
 
     def _emit(self, outputs: list[EngineCoreOutput], stats: SchedulerStats | None = None) -> None:
-        from vllm.v1.engine import EngineCoreOutputs
-
         self._outputs.put_nowait(EngineCoreOutputs(outputs=outputs, scheduler_stats=stats))
 
     def _stats(self, prompt_tokens: int, writers: int, seconds: float) -> SchedulerStats:
         """What vLLM tells of each step, as far as anybody here reads it."""
-        from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
-
         details = SchedulerIterationDetails(0, int(prompt_tokens > 0), prompt_tokens, writers, writers, seconds * 1000)
         return SchedulerStats(
             num_running_reqs=len(self._running),
@@ -354,9 +293,9 @@ class SimulatedEngine:
 
     # Handoffs
 
-    def _hand_over(self, entry: _Request) -> dict[str, Any]:
+    def _hand_over(self, entry: SimRequest) -> dict[str, Any]:
         """Pin the blocks of a finished prefill until they are pulled, released, or the lease ends."""
-        request_id, lease_s = entry.request.request_id, self._settings.transport.lease_s
+        request_id, lease_s = entry.id, self._settings.transport.lease_s
         timer = asyncio.get_running_loop().call_later(lease_s, self._expire, request_id)
         self._handoffs[request_id] = (entry, timer)
         return {
@@ -386,7 +325,7 @@ class SimulatedEngine:
         if self._give_up(request_id) is not None:
             self.leases_expired += 1
 
-    async def _pull(self, entry: _Request) -> None:
+    async def _pull(self, entry: SimRequest) -> None:
         """Fetch the blocks that are not here; all but the last prompt token, whose logits nobody else has."""
         tokens = max(0, len(entry.prompt) - 1 - entry.cached)
         size = tokens * self._sim.kv_bytes_per_token
@@ -399,7 +338,7 @@ class SimulatedEngine:
         self.faults.fail_pulls -= failed
         if failed or not await settle_remote(entry.params):
             self._drop(entry)
-            self._emit([self._error(entry)])
+            self._emit([entry.error()])
             return
         self.pulls += 1
         self.pulled_bytes += size
@@ -408,11 +347,6 @@ class SimulatedEngine:
         self._fetching.discard(entry)
         self._running.append(entry)
         self._work.set()
-
-    def _error(self, entry: _Request) -> EngineCoreOutput:
-        from vllm.v1.engine import EngineCoreOutput, FinishReason
-
-        return EngineCoreOutput(entry.request.request_id, [], finish_reason=FinishReason.ERROR)
 
     # Faults
 
@@ -430,7 +364,3 @@ class SimulatedEngine:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
-
-
-def _tokens(readers: list[tuple[_Request, int]]) -> int:
-    return sum(tokens for _, tokens in readers)

@@ -1,18 +1,18 @@
 """A request's life. The cluster is to vLLM's front end what one engine core is to a plain vLLM server.
 
 `Cluster` implements vLLM's `EngineCoreClient`: `EngineCoreRequest` in, `EngineCoreOutputs` out. Read `Cluster._serve`
-first: plan, prefill, decode, go on after a loss, settle. What is asked of all workers alike is in `every_worker.py`.
+first: plan, prefill, decode, go on after a loss, settle. Its legs on the workers are in `legs.py`; what is asked of all
+workers alike is in `every_worker.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 
@@ -26,25 +26,25 @@ from runtime.client_view import ClientView, StreamClock
 from runtime.errors import BatonError, LegFailed, PullFailed, Refusal, Unrecoverable, WorkerDrained, WorkerLost
 from runtime.every_worker import EveryWorker
 from runtime.fleet import Fleet
+from runtime.legs import Leg, Legs
 from runtime.limit_settings import LimitSettings
-from runtime.link import Link
-from runtime.live_request import Leg, LiveRequest, resolve, trusted
+from runtime.live_request import LiveRequest, trusted
 from runtime.metrics import RECOVERIES
 from runtime.placement import Placement
 from runtime.policy.admission import AdmissionPolicy
+from runtime.policy.objectives import Objectives
 from runtime.policy.types import Disaggregated, Plan
 from runtime.steps import as_one_step
 from runtime.visit import Visit, current_visit
 from runtime.waiting_room import WaitingRoom
 
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
 logger = logging.getLogger("baton.cluster")
 
 FAILED_PULLS = 2
 """After so many failed pulls a request runs whole on one worker: its next pull could hang as long again."""
-
-ABANDONED_KEEP_S = 600.0
-"""How long an aborted prefill leg is remembered: it may have ended before the abort reached it, and then its handoff
-has to be released. Longer than any lease that makes sense, so that nothing is forgotten before it frees itself."""
 
 
 @dataclass
@@ -62,24 +62,51 @@ class Cluster(EveryWorker):
         limits: LimitSettings,
         placement: Placement,
         admission: AdmissionPolicy | None = None,
+        objectives: Objectives | None = None,
     ) -> None:
         self.engine_ranks_managed = [0]
         self.resources = Resources()
-        self.fleet: Fleet  # set by the front end, which owns the handles
-        self.ledger = Ledger(self._send_release, lambda handoff: self.fleet.settled(handoff))
+        self.placement = placement
+        self.seen = ClientView(objectives)
         self.room = WaitingRoom(
             admission or AdmissionPolicy(),
             limits.wait_for_worker_s,
             coming=lambda: self.fleet.starting(),
             changed=lambda: self.fleet.changed,
         )
-        self.seen = ClientView()
+        self.ledger = Ledger(self._send_release, lambda handoff: self.fleet.settled(handoff))
+        self.legs = Legs(self.ledger, placement, self.seen, self._deliver, self.room.poke)
         self._limits = limits
-        self.placement = placement
         self._live: dict[str, LiveRequest] = {}
-        self._legs: dict[str, Leg] = {}
         self._pins: dict[str, Plan] = {}
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+
+    def connect(self, front_end: str, handles: dict[str, DeploymentHandle], token: str) -> None:
+        """Make the fleet; it has no workers until it follows an application.
+
+        Args:
+            front_end: a name that no other front end has.
+            handles: the deployment of each role.
+            token: what the workers know this application's front ends by.
+        """
+        self.fleet = self.legs.fleet = Fleet(
+            front_end,
+            handles,
+            token,
+            self.legs.on_outputs,
+            self.legs.on_lost,
+            self.ledger.unsettled,
+            self._limits.grace.move_s,
+        )
+
+    def pin(self, external_request_id: str, plan: Plan) -> None:
+        """Fix the plan of a request to come: for warming a given pair of workers."""
+        self._pins[external_request_id] = plan
+
+    def waiting(self) -> tuple[int, int]:
+        """Requests that no worker has yet, and their prompt tokens."""
+        lengths = [len(live.request.prompt_token_ids or ()) for live in self._live.values() if not live.legs]
+        return len(lengths), sum(lengths)
 
     # A request's life
 
@@ -145,14 +172,14 @@ class Cluster(EveryWorker):
 
     async def _prefill(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str, charge: Charge) -> Handoff:
         """Run the prefill leg; what comes back is where the blocks are."""
-        leg = self._new_leg(live, engine_id, charge, decodes=False)
-        output = await self._run(leg, prefill_leg(request, leg.id))
+        leg = Leg.of(live, engine_id, charge, decodes=False)
+        output = await self.legs.run(leg, prefill_leg(request, leg.id))
         return Handoff.from_params(output.kv_transfer_params)
 
     async def _decode(self, live: LiveRequest, request: EngineCoreRequest, engine_id: str, charge: Charge) -> None:
-        """Run the decode leg; its tokens go to the front end as they come (`_deliver`)."""
-        leg = self._new_leg(live, engine_id, charge, decodes=True)
-        await self._run(leg, decode_leg(request, leg.id, live.handoff))
+        """Run the decode leg; its tokens go to the front end as they come (`Legs.on_outputs`)."""
+        leg = Leg.of(live, engine_id, charge, decodes=True)
+        await self.legs.run(leg, decode_leg(request, leg.id, live.handoff))
 
     def _blame(self, live: LiveRequest, plan: Plan, fault: BatonError | InvalidHandoff) -> None:
         """Count a fault against the workers that can have made it."""
@@ -184,149 +211,21 @@ class Cluster(EveryWorker):
             self.ledger.release(live.handoff, reason)
             live.handoff = None
 
-    # Legs
-
-    def _new_leg(self, live: LiveRequest, engine_id: str, charge: Charge, *, decodes: bool) -> Leg:
-        live.legs += 1
-        return Leg(
-            id=f"{live.id}-{'d' if decodes else 'p'}{live.legs}",
-            engine_id=engine_id,
-            live=live,
-            charge=charge,
-            decodes=decodes,
-            done=asyncio.get_running_loop().create_future(),
-        )
-
-    async def _run(self, leg: Leg, request: EngineCoreRequest) -> EngineCoreOutput:
-        """Send a leg to its worker and wait for its last output; abort it when the request is cancelled."""
-        link = self.fleet.link(leg.engine_id)
-        if link is None:
-            raise WorkerLost(leg.engine_id, "it left before the leg was sent")
-        self._legs[leg.id] = leg
-        number = link.submit(request, leg.charge.reads or leg.charge.pulls)
-        self.fleet.sent(leg.engine_id, leg.charge, number)
-        try:
-            return await leg.done
-        except asyncio.CancelledError:
-            self._leave(leg, link)
-            raise
-        finally:
-            if not leg.abandoned:
-                self._legs.pop(leg.id, None)
-            self.room.poke()
-
-    def _leave(self, leg: Leg, link: Link) -> None:
-        """Abort a leg whose request was cancelled, so that its blocks are settled whatever becomes of it."""
-        if not leg.done.cancelled():  # it had ended in the same moment; a lost or failed one leaves its handoff with us
-            if leg.done.exception() is None and not leg.decodes:
-                self._nobody_pulls(leg.done.result())
-            return
-        link.send([leg.id])
-        if not leg.decodes:
-            leg.abandoned = True
-            asyncio.get_running_loop().call_later(ABANDONED_KEEP_S, self._legs.pop, leg.id, None)
-        elif leg.live.handoff is not None and link.lost is None:
-            self.ledger.entrust(leg.live.handoff, leg.engine_id)
-            leg.live.handoff = None
-
-    def on_outputs(self, batch: EngineCoreOutputs) -> None:
-        """Take one step's outputs of one worker: the hot path, once per step and not per token."""
-        ours: list[EngineCoreOutput] = []
-        now = time.monotonic()
-        for output in batch.outputs:
-            leg = self._legs.get(output.request_id)
-            if leg is None:
-                continue
-            if leg.decodes:
-                self._deliver(leg, output, ours, now)
-            elif output.finished:
-                self._prefilled(leg, output)
-        if ours:
-            # Timestamps are monotonic clocks of the worker's machine: stamp anew with ours.
-            self._outputs.put_nowait(EngineCoreOutputs(outputs=ours))
-
-    def _deliver(self, leg: Leg, output: EngineCoreOutput, ours: list[EngineCoreOutput], now: float) -> None:
-        live = leg.live
-        if output.finish_reason is FinishReason.ERROR:
-            fault = LegFailed if live.handoff is None else PullFailed
-            resolve(leg, fault(f"leg {leg.id} failed on {leg.engine_id}"))
-            return
-        if not leg.charge.begun:
-            self.fleet.begun(leg.engine_id, leg.charge)
-            self.placement.first_token(live.id)
-        if output.prefill_stats is not None:
-            self.fleet.worked(leg.engine_id)
-            if live.made:
-                output.prefill_stats = None  # the client's prompt was read long ago
-            elif live.handoff is not None:
-                # What the client calls cached is what nobody had to compute, so it is the prefill engine's figure.
-                output.prefill_stats.num_cached_tokens = live.handoff.cached_tokens or 0
-        if live.handoff is not None:  # the first output says that the blocks are here
-            self.fleet.worked(live.handoff.engine_id)
-            self._taken_over(live)
-        live.made += output.new_token_ids
-        if live.clock is not None:
-            self.seen.tokens(live.clock, len(output.new_token_ids), now)
-        output.request_id = live.id
-        ours.append(output)
-        if output.finished:
-            resolve(leg, output)
-
-    def _taken_over(self, live: LiveRequest) -> None:
-        if live.handoff is not None:
-            self.ledger.pulled(live.handoff)
-            live.handoff = None
-
-    def _prefilled(self, leg: Leg, output: EngineCoreOutput) -> None:
-        if not leg.abandoned:
-            resolve(leg, output)
-            return
-        self._legs.pop(leg.id, None)
-        self._nobody_pulls(output)
-
-    def _nobody_pulls(self, output: EngineCoreOutput) -> None:
-        """Release what a prefill leg has made after its request was cancelled."""
-        with contextlib.suppress(InvalidHandoff):  # the abort came first: nothing is pinned
-            handoff = Handoff.from_params(output.kv_transfer_params)
-            self.ledger.open(handoff)
-            self.ledger.release(handoff, "abandoned")
-
     def _send_release(self, handoff: Handoff) -> None:
         """Tell the prefill engine that nobody will pull these blocks. One that is lost has none any more, or its worker
         releases them itself: they are of a front end that it has lost."""
         if (link := self.fleet.link(handoff.engine_id)) is not None:
             link.send(release_leg(handoff))
 
-    def waiting(self) -> tuple[int, int]:
-        """Requests that no worker has yet, and their prompt tokens."""
-        lengths = [len(live.request.prompt_token_ids or ()) for live in self._live.values() if not live.legs]
-        return len(lengths), sum(lengths)
-
-    def on_lost(self, engine_id: str, why: str, *, drained: bool = False) -> None:
-        """Plan every request of a lost worker again; `drained`: it was to go anyway.
-
-        Also those whose blocks are being pulled from it. It may live on behind a broken link, and then it frees what
-        was ours: a pull that goes on would read what others write there.
-        """
-        self.ledger.forget(engine_id)
-        for leg in list(self._legs.values()):
-            pulls = leg.decodes and leg.live.handoff is not None and leg.live.handoff.engine_id == engine_id
-            if leg.engine_id == engine_id and leg.abandoned:
-                self._legs.pop(leg.id)
-            elif leg.engine_id == engine_id or pulls:
-                resolve(leg, WorkerDrained(engine_id, why) if drained else WorkerLost(engine_id, why))
-                if pulls and (link := self.fleet.link(leg.engine_id)) is not None:
-                    link.send([leg.id])
-
     def _finish(self, live: LiveRequest, reason: FinishReason) -> None:
-        output = EngineCoreOutput(request_id=live.id, new_token_ids=[], finish_reason=reason)
-        self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+        self._deliver([EngineCoreOutput(request_id=live.id, new_token_ids=[], finish_reason=reason)])
+
+    def _deliver(self, outputs: list[EngineCoreOutput]) -> None:
+        """Queue outputs for vLLM's front end."""
+        # The workers' timestamps are monotonic clocks of their machines: a new record has one of ours.
+        self._outputs.put_nowait(EngineCoreOutputs(outputs=outputs))
 
     # vLLM's EngineCoreClient
-
-    def pin(self, external_request_id: str, plan: Plan) -> None:
-        """Fix the plan of a request to come: for warming a given pair of workers."""
-        self._pins[external_request_id] = plan
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Start a request's life."""

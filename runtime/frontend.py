@@ -30,11 +30,9 @@ from vllm.v1.executor import Executor
 from decode.request import without_engine_args
 from runtime.bad_input import answer_bad_input, checked_parameters
 from runtime.cache_view import CacheView
-from runtime.client_view import ClientView
 from runtime.cluster import Cluster
 from runtime.config import Config
 from runtime.edge import Edge
-from runtime.fleet import Fleet
 from runtime.fleet_metrics import FleetMetrics, serve_alone
 from runtime.insight import explain_route, placement_record
 from runtime.placement import Placement
@@ -149,10 +147,8 @@ async def start_front_end(
     await prefill_is_up
     traces = vllm_config.observability_config.otlp_traces_endpoint = config.front_end.otlp_traces_endpoint
     placement = Placement(config.routing.policy(), CacheView(config.routing.index_blocks), traced=bool(traces))
-    cluster = Cluster(config.limits, placement, config.admission.policy())
-    unsettled, move_s = cluster.ledger.unsettled, config.limits.grace.move_s
-    cluster.fleet = Fleet(front_end, handles, token, cluster.on_outputs, cluster.on_lost, unsettled, move_s)
-    cluster.seen = ClientView(config.objectives.policy())
+    cluster = Cluster(config.limits, placement, config.admission.policy(), config.objectives.policy())
+    cluster.connect(front_end, handles, token)
     llm = FrontEndLLM.over(cluster, vllm_config)
     application = application or config.name
     cluster.fleet.follow(application)

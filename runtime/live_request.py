@@ -1,33 +1,19 @@
-"""What the cluster keeps of a request that is under way, and of each of its legs."""
+"""What the cluster keeps of a request that is under way."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
 
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine import EngineCoreRequest
 
 from decode.request import without_engine_args
 from decode.resume import resume
 from kv_transfer.handoff import Handoff
-from runtime.account import Charge
 from runtime.adapters import numbered
 from runtime.client_view import StreamClock
 from runtime.policy.types import Plan
 from runtime.visit import Visit
-
-
-@dataclass(eq=False)
-class Leg:
-    """One half of a request on one worker. Ids are never used twice."""
-
-    id: str
-    engine_id: str
-    live: LiveRequest
-    charge: Charge
-    decodes: bool
-    done: asyncio.Future[EngineCoreOutput]
-    abandoned: bool = False  # a prefill leg that was told to abort, and may have ended before
 
 
 @dataclass(eq=False)
@@ -65,13 +51,3 @@ def trusted(request: EngineCoreRequest) -> EngineCoreRequest:
     if request.lora_request is not None:
         request.lora_request = numbered(request.lora_request)
     return request
-
-
-def resolve(leg: Leg, result: EngineCoreOutput | Exception) -> None:
-    """End a leg, unless it has ended."""
-    if leg.done.done():
-        return
-    if isinstance(result, Exception):
-        leg.done.set_exception(result)
-    else:
-        leg.done.set_result(result)

@@ -20,7 +20,9 @@ from vllm.sampling_params import SamplingParams
 from runtime import fleet as fleet_module
 from runtime.policy.admission import AdmissionPolicy
 from runtime.visit import Visit, current_visit
-from tests.chaos.fabric import Fabric, FrontEnd, answer, bare_model, fabrics
+from tests.chaos.fabric import Fabric
+from tests.chaos.front_end import FrontEnd, fabrics
+from tests.chaos.model import answer, bare_model
 from tests.chaos.test_in_process import nothing_left
 
 OVERLOAD_S = float(os.environ.get("BATON_OVERLOAD_S", "8"))
@@ -65,7 +67,7 @@ def prompt_of(number: int, tokens: int = 200) -> list[int]:
 
 def waiting(fabric: Fabric) -> int:
     """Requests in the queues of all engines."""
-    return sum(worker.simulated.state()["waiting"] for pool in fabric.pools.values() for worker in pool)
+    return sum(worker.simulated.state()["waiting"] for worker in fabric.workers())
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -127,7 +129,7 @@ async def test_what_nobody_waits_for_is_not_computed(make: Callable[..., Any]) -
 
 def computed(fabric: Fabric) -> int:
     """Prompt tokens that any engine has read."""
-    states = [worker.simulated.state() for pool in fabric.pools.values() for worker in pool]
+    states = [worker.simulated.state() for worker in fabric.workers()]
     return sum(state["prompt_tokens_computed"] for state in states)
 
 
@@ -216,5 +218,5 @@ async def test_overload(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatc
     assert memory[1] < 1.05 * memory[0]
     assert recovered_s < 5.0
     assert not front_end.cluster._live
-    assert not front_end.cluster._legs
+    assert not front_end.cluster.legs.by_id
     await nothing_left(*built)

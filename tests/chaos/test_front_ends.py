@@ -14,7 +14,9 @@ from vllm.sampling_params import SamplingParams
 
 from runtime.policy.routing import route
 from runtime.policy.types import Disaggregated, Local, RequestView, WorkerView
-from tests.chaos.fabric import VOCABULARY, Fabric, FrontEnd, bare_model
+from tests.chaos.fabric import Fabric
+from tests.chaos.front_end import FrontEnd
+from tests.chaos.model import VOCABULARY, bare_model
 
 NEWS_S = 0.5
 """Within this all news have come."""
@@ -77,7 +79,7 @@ async def test_three_front_ends_see_the_same(make: Callable[..., Any]) -> None:
         asyncio.ensure_future(read(front_ends[number % 3], f"r{number}", prompt_of(rng, 300), 400))
         for number in range(24)
     ]
-    workers = [worker for pool in fabric.pools.values() for worker in pool]
+    workers = fabric.workers()
     assert await until(lambda: sum(worker.simulated.state()["running"] for worker in workers) == 24)
     assert await until(lambda: figures(front_ends[0]) == figures(front_ends[1]) == figures(front_ends[2]))
     for worker in workers:

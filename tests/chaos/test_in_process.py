@@ -17,9 +17,11 @@ from vllm.v1.engine import EngineCoreOutput
 from kv_transfer import worker as worker_module
 from runtime import fleet as fleet_module
 from runtime import link as link_module
+from runtime.legs import Leg
 from runtime.limit_settings import LimitSettings
-from runtime.live_request import Leg
-from tests.chaos.fabric import Fabric, FrontEnd, Worker, answer, bare_model, fabrics
+from tests.chaos.fabric import Fabric, Worker
+from tests.chaos.front_end import FrontEnd, fabrics
+from tests.chaos.model import answer, bare_model
 
 SEEDS = [int(os.environ["BATON_CHAOS_SEED"])] if "BATON_CHAOS_SEED" in os.environ else [1, 2, 3]
 """`BATON_CHAOS_SEED=N` replays one run."""
@@ -56,7 +58,7 @@ async def read(front_end: FrontEnd, name: str, prompt: list[int], tokens: int, *
 
 
 def _left_over(fabric: Fabric, front_ends: tuple[FrontEnd, ...]) -> list[Any]:
-    engines = [(w.engine.facts.role, w.simulated.state()) for pool in fabric.pools.values() for w in pool]
+    engines = [(w.engine.facts.role, w.simulated.state()) for w in fabric.workers()]
     outstanding = [front_end.cluster.ledger.outstanding() for front_end in front_ends]
     return [engine for engine in engines if engine[1]["blocks_held"]] + [count for count in outstanding if count]
 
@@ -167,8 +169,8 @@ async def test_what_a_broken_link_swallowed_is_released(make: Callable[..., Any]
 async def test_a_client_leaves_as_its_prefill_ends(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The prefill's end and the client's are one moment: the blocks are free soon, though nobody ever pulled them."""
     fabric, front_end = await make(workers=1)
-    cluster, left = front_end.cluster, list[str]()
-    prefilled = cluster._prefilled
+    legs, left = front_end.cluster.legs, list[str]()
+    prefilled = legs._prefilled
 
     def and_leave(leg: Leg, output: EngineCoreOutput) -> None:
         prefilled(leg, output)
@@ -176,7 +178,7 @@ async def test_a_client_leaves_as_its_prefill_ends(make: Callable[..., Any], mon
         leg.live.task.cancel()
         left.append(leg.id)
 
-    monkeypatch.setattr(cluster, "_prefilled", and_leave)
+    monkeypatch.setattr(legs, "_prefilled", and_leave)
     leaver = asyncio.ensure_future(read(front_end, "r", list(range(500)), 5))
     async with asyncio.timeout(10):
         while not left:
@@ -448,7 +450,7 @@ async def test_everything_at_once(make: Callable[..., Any], seed: int) -> None:
     calm.set()
     await mischief
     fabric.loss_rate = 0.0
-    for worker in [worker for pool in fabric.pools.values() for worker in pool]:
+    for worker in fabric.workers():
         worker.simulated.faults.hang = False
         worker.simulated._work.set()
     print(f"seed {seed}: {fabric.kills} kills")

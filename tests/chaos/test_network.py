@@ -27,7 +27,7 @@ from kv_transfer.settings import EngineSettings, TransportSettings
 from kv_transfer.sim_transfer import ANSWER_TIMEOUT_S
 from kv_transfer.simulator import SimulatedEngine
 from prefill.request import prefill_leg
-from tests.chaos.fabric import VOCABULARY, answer
+from tests.chaos.model import answer, bare_model
 from tests.unit.test_resume import engine_request
 
 CLONE_NEWNET = 0x40000000
@@ -99,11 +99,11 @@ def sides() -> Iterator[tuple[Side, Side]]:
 @pytest.fixture
 def engines(sides: tuple[Side, Side], tmp_path: Path) -> Iterator[tuple[SimulatedEngine, SimulatedEngine]]:
     """A simulated engine on each side."""
-    (tmp_path / "config.json").write_text(f'{{"vocab_size": {VOCABULARY}, "max_position_embeddings": 8192}}')
+    model = str(bare_model(tmp_path))
 
     def settings(role: Any, host: str) -> EngineSettings:
         transport = TransportSettings(host=host, lease_s=LEASE_S)  # type: ignore[call-arg]
-        return EngineSettings(role=role, kind="simulated", model=str(tmp_path), transport=transport)
+        return EngineSettings(role=role, kind="simulated", model=model, transport=transport)
 
     started = [
         side.run(SimulatedEngine.start(settings(role, side.address)))

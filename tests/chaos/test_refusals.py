@@ -17,7 +17,8 @@ from runtime.config import Config, model_dir
 from runtime.config_file import parse
 from runtime.errors import ConfigError
 from runtime.frontend import FrontEnd, start_front_end
-from tests.chaos.fabric import ROLES, Fabric, Handle
+from tests.chaos.fabric import ROLES, Fabric
+from tests.chaos.handles import Handle
 
 SLOW = {**Fabric.SIMULATOR, "prefill_tokens_per_s": 4000, "max_batch_requests": 4}
 SETTINGS: dict[str, Any] = {

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from runtime.config import Config
 from runtime.config_file import load
 from runtime.frontend import FrontEnd
-from tests.chaos.fabric import ROLES, Fabric, Handle
+from tests.chaos.fabric import ROLES, Fabric
+from tests.chaos.handles import Handle
 from tests.conftest import MODEL, ROOT
 
 T = TypeVar("T")
@@ -132,9 +133,9 @@ class Gateway:
                 "handoffs": dict(cluster.ledger.outstanding()),
                 "leases": self.fabric.leases_expired(),
                 "live requests": list(cluster._live),
-                "legs": [leg.id for leg in cluster._legs.values() if not leg.abandoned],
+                "legs": [leg.id for leg in cluster.legs.by_id.values() if not leg.abandoned],
                 "outputs awaited": list(self.front_end.llm.output_processor.request_states),
-                "dead": [w.engine.facts.role for pool in self.fabric.pools.values() for w in pool if w._dead],
+                "dead": [w.engine.facts.role for w in self.fabric.workers() if w._dead],
                 "missing": [role for role in ROLES if len(self.fabric.pools[role]) != 2],
             }.items()
             if value

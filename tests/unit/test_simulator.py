@@ -19,7 +19,7 @@ from decode.request import decode_leg
 from kv_transfer.engine import EngineDied
 from kv_transfer.handoff import Handoff, release_leg
 from kv_transfer.settings import EngineSettings, SimulatorSettings, TransportSettings
-from kv_transfer.sim_cache import BlockCache, BlocksStored, KvEvent
+from kv_transfer.sim_cache import BlockCache
 from kv_transfer.simulator import SimulatedEngine
 from prefill.request import prefill_leg
 
@@ -246,21 +246,23 @@ def test_eviction_takes_the_least_recently_used_and_never_what_is_held() -> None
 
 
 @given(st.lists(st.tuples(st.sampled_from(["hold", "fill", "release"]), st.text("abcdef", min_size=1, max_size=4))))
-def test_events_tell_what_can_be_hit(operations: list[tuple[str, str]]) -> None:
-    """Whoever follows the events knows exactly the blocks that can be hit."""
+def test_the_cache_tells_what_can_be_hit(operations: list[tuple[str, str]]) -> None:
+    """Whoever follows what is filled and removed knows exactly the blocks that can be hit."""
     known: set[Any] = set()
 
-    def follow(event: KvEvent) -> None:
-        known.symmetric_difference_update(event.keys)
-        assert (event.keys[0] in known) == isinstance(event, BlocksStored)
+    def removed(keys: Sequence[Any]) -> None:
+        assert keys and known.issuperset(keys)
+        known.difference_update(keys)
 
-    cache, holding = BlockCache(4, follow), list[str]()
+    cache, holding = BlockCache(4, removed), list[str]()
     for operation, text_ in operations:
         chain = "".join(dict.fromkeys(text_))
         if operation == "hold" and cache.hold(chain):
             holding.append(chain)
         elif operation == "fill" and chain in holding:
-            cache.fill(chain)
+            stored = cache.fill(chain)
+            assert known.isdisjoint(stored)
+            known.update(stored)
         elif operation == "release" and holding:
             cache.release(holding.pop())
         assert known == {key for key in "abcdef" if cache.hits(key)}
