@@ -89,19 +89,21 @@ def alone_idle(worker: WorkerView, tokens: int, cached: int, settings: RoutingSe
 def _reading(worker: WorkerView, uncached: int, beside: int) -> tuple[float, float]:
     """Seconds until the prompt is read here, and the longest gap that this makes in so many streams."""
     cost = worker.prefill or UNMEASURED
-    seconds = worker.backlog_s + cost.fixed_s + cost.each_s * uncached
     tokens = worker.waiting_tokens + uncached
-    steps = -(-tokens // worker.max_step_tokens) if worker.max_step_tokens else 1
+    steps = worker.steps(tokens)
+    own_steps = max(1, steps - worker.steps(worker.waiting_tokens))
+    seconds = worker.backlog_s + cost.fixed_s * own_steps + cost.each_s * uncached
     step = worker.step or FREE
     step_s = step.fixed_s + step.each_s * beside
-    seconds += step_s * steps if beside and worker.streams else cost.fixed_s * (steps - 1)
+    if beside and worker.streams:
+        seconds += step_s * steps
     return seconds, step_s + _chunk_s(worker, tokens) if beside else 0.0
 
 
 def _chunk_s(worker: WorkerView, tokens: int) -> float:
     """What one step takes longer for the prompt tokens in it."""
     most = worker.max_step_tokens
-    return (worker.prefill or UNMEASURED).each_s * (most if most and most < tokens else tokens)
+    return (worker.prefill or UNMEASURED).of(most if most and most < tokens else tokens)
 
 
 def _excess(worker: WorkerView, tokens: int, settings: RoutingSettings, itl_s: float, gap_s: float) -> float:

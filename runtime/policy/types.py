@@ -48,7 +48,7 @@ class WorkerView:
     block_tokens: int = 16
     max_streams: int | None = None  # most requests in one step (`max_num_seqs`)
     max_step_tokens: int | None = None  # most tokens in one step (`max_num_batched_tokens`)
-    prefill: Cost | None = None  # reading a prompt: fixed part for each prompt, and for each uncached token
+    prefill: Cost | None = None  # reading: fixed part for each step with prompt tokens, and for each uncached token
     step: Cost | None = None  # one decode step: fixed part, and for each stream
     pull: Cost | None = None  # fetching blocks: fixed part for each handoff, and for each token
 
@@ -63,7 +63,7 @@ class WorkerView:
     def __post_init__(self) -> None:
         cost = self.prefill or UNMEASURED
         waiting = self.tokens if self.queued_tokens is None else self.queued_tokens
-        backlog_s = cost.fixed_s * self.queued_requests + cost.each_s * waiting
+        backlog_s = cost.fixed_s * max(self.queued_requests, self.steps(waiting)) + cost.each_s * waiting
         room = inf if self.free_blocks is None else (self.free_blocks - 1) * self.block_tokens
         step_s = self.step.of(self.streams + 1) if self.step else 0.0
         derive = object.__setattr__  # the way of frozen dataclasses
@@ -73,6 +73,10 @@ class WorkerView:
         derive(self, "token_s", cost.each_s)
         derive(self, "step_s", step_s)
         derive(self, "load", (int(backlog_s * 100), int(step_s * 1000), self.streams, self.tokens, self.requests))
+
+    def steps(self, tokens: int) -> int:
+        """In how many engine steps so many prompt tokens are read."""
+        return -(-tokens // self.max_step_tokens) if self.max_step_tokens else min(tokens, 1)
 
 
 @dataclass(frozen=True)

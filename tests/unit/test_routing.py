@@ -275,9 +275,22 @@ def test_prediction_of_a_local_plan() -> None:
     assert isinstance(plan, Local)
     assert plan.predicted
     assert plan.predicted.ttft_s == pytest.approx(0.11 + 0.024)
-    assert plan.predicted.gap_s == pytest.approx(0.024 + 0.1)
+    assert plan.predicted.gap_s == pytest.approx(0.024 + 0.11)
     assert plan.predicted.itl_s == pytest.approx(0.025)
     assert (plan.predicted.uncached_tokens, plan.predicted.pulled_tokens) == (100, 0)
+
+
+def test_each_step_of_a_prompt_has_its_fixed_part() -> None:
+    """Read in small steps beside streams a long prompt takes longer than on an idle prefill worker."""
+    small = decode(max_step_tokens=32, prefill=Cost(0.1, 0.0))
+    settings = RoutingSettings(itl_limit_s=0.6, gap_limit_s=1.2)
+    _, verdicts = explain(LONG, Snapshot((prefill(prefill=Cost(0.03, 0.003)),), (small,)), settings)
+    assert isinstance(verdicts[0].plan, Disaggregated)
+    local = next(v.plan for v in verdicts if isinstance(v.plan, Local) and v.plan.decode == "d1")
+    assert local.predicted
+    assert local.predicted.ttft_s == pytest.approx(32 * (0.1 + 0.024))
+    behind = decode(max_step_tokens=32, prefill=Cost(0.1, 0.0), queued_tokens=320, queued_requests=1)
+    assert behind.backlog_s == pytest.approx(10 * 0.1)
 
 
 def test_a_prompt_that_is_cached_to_its_end_is_not_free() -> None:
@@ -343,7 +356,7 @@ def test_explain_shows_what_was_looked_at() -> None:
     assert verdicts[0].plan == answer == route(LONG, snapshot)
     assert verdicts[0].why == f"wins: {REASONS['protects_streams']}"
     why = {(getattr(v.plan, "prefill", None), v.plan.decode): v.why for v in verdicts}
-    assert why["p2", "d1"] == "0.500 s slower"
+    assert why["p2", "d1"] == "0.510 s slower"
     assert why["p1", "d2"] == "no room on d2"
     assert why[None, "d1"].endswith("over the limits")
     assert why[None, "p1"] == "not considered: the decode pool is not behind"
