@@ -28,7 +28,9 @@ class TransferServer:
 
     async def start(self, host: str) -> int:
         """Listen on a free port of `host` and return it."""
-        self._server = await asyncio.start_server(self._serve, host, 0, limit=LINE_LIMIT)
+        # In two steps: a cancel while it starts to serve would leave a socket that nobody knows of.
+        self._server = await asyncio.start_server(self._serve, host, 0, limit=LINE_LIMIT, start_serving=False)
+        await self._server.start_serving()
         return int(self._server.sockets[0].getsockname()[1])
 
     def close(self) -> None:

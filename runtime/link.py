@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kv_transfer.engine import EngineFacts
 from kv_transfer.load import News
 from kv_transfer.worker import FRONT_END_SILENCE_S
-from runtime.stream_reader import StreamReader
+from runtime.stream_reader import StreamReader, told_to_stop
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -128,7 +128,9 @@ class Link:
                 )
                 self._exchanged(time.monotonic() - sent)
         except asyncio.CancelledError:
-            raise
+            if told_to_stop():
+                raise
+            self._lose("it took no commands: Ray cancelled the call")
         except Exception as error:  # as above
             self._lose(f"it took no commands: {type(error).__name__}: {error}")
 

@@ -77,13 +77,21 @@ class StreamReader:
                         tray.put(item)
                 streams.popleft()
         except asyncio.CancelledError:
-            raise
+            if told_to_stop():
+                raise
+            why = ConnectionError("Ray cancelled the stream")
         except Exception as error:  # whatever it was, the reader's owner decides
             why = error
         finally:
             for stream in streams:
                 stream.cancel()
         self._home.call_soon_threadsafe(ended, why)
+
+
+def told_to_stop() -> bool:
+    """Whether the running task was cancelled itself: Ray raises `CancelledError`, too, where a call of its own was."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class _Tray(Generic[T]):

@@ -99,6 +99,22 @@ async def test_a_link_that_is_lost_as_a_command_comes_sends_no_more(steps: int) 
     assert handle.taken == taken
 
 
+async def test_a_call_that_ray_cancels_loses_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have brought its commands or not, as any call that failed."""
+    handle, lost, reader = Handle(), list[str](), StreamReader()
+
+    async def cancelled(*args: Any) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(handle.exchange, "remote", cancelled)
+    quiet: Any = lambda link, what: None  # noqa: E731
+    tell: Any = lambda link, why: lost.append(why)  # noqa: E731
+    link = Link(handle, FACTS, "f", "the token", lambda batch: None, quiet, tell, reader)  # type: ignore[arg-type]
+    link.send(["comes"])
+    await until(lambda: lost)
+    reader.close()
+
+
 async def test_outputs_that_can_not_be_taken_lose_the_link() -> None:
     """A fault of ours must not leave streams waiting for tokens that came and went."""
     lost: list[str] = []

@@ -13,7 +13,7 @@ from runtime.stream_reader import StreamReader
 class Stream:
     """Items that come without delay; then an error, an end, or nothing."""
 
-    def __init__(self, items: int, then: Exception | None = None, *, open_end: bool = False) -> None:
+    def __init__(self, items: int, then: BaseException | None = None, *, open_end: bool = False) -> None:
         self.items, self.then, self.open_end = items, then, open_end
         self.cancelled = threading.Event()
         self.read = threading.Event()
@@ -51,6 +51,13 @@ async def test_items_come_in_order_then_the_end() -> None:
     assert await read(Stream(1000)) == (list(range(1000)), None)
     broken = ConnectionError("gone")
     assert await read(Stream(1000, broken)) == (list(range(1000)), broken)
+
+
+async def test_a_stream_that_ray_cancels_has_ended() -> None:
+    """What it raises looks like the reader's own cancel, but nobody has cancelled the reader."""
+    taken, error = await read(Stream(10, asyncio.CancelledError()))
+    assert taken == list(range(10))
+    assert isinstance(error, ConnectionError)
 
 
 async def test_a_stream_that_can_not_be_opened_ends_at_once() -> None:
