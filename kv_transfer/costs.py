@@ -118,7 +118,7 @@ class WorkerCosts:
 
     @property
     def prefill(self) -> Cost | None:
-        """Reading a prompt: for each prompt, and for each uncached token."""
+        """Reading prompts: for each step with prompt tokens in it, and for each token."""
         return self._prefill.cost if self._prefill else None
 
     @property

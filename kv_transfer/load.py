@@ -46,7 +46,7 @@ class Load:
         streams: requests that write an answer here, or will once their prompt is here.
         pulling_tokens: prompt tokens whose blocks are being fetched.
         free_blocks: KV blocks that a request can have, cached ones that nobody holds included; None before any step.
-        prefill: reading a prompt: seconds for each prompt and for each uncached token. As below None if unmeasured.
+        prefill: reading: seconds for each step with prompt tokens and for each token. As below None if unmeasured.
         step: a decode step: seconds for each step and for each stream.
         pull: fetching blocks: seconds for each handoff and for each token.
     """
