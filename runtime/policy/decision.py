@@ -9,7 +9,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from runtime.policy.pool import Pool
-from runtime.policy.predict import Share, alone, alone_beside, alone_idle, read, write
+from runtime.policy.predict import Share, alone, alone_beside, alone_idle, read, reading_s, write
 from runtime.policy.shortlist import Shortlist, shortlist
 from runtime.policy.types import (
     Disaggregated,
@@ -46,6 +46,12 @@ class Candidate(NamedTuple):
     ttft_s: float
     excess: float
     barred: str = ""  # why it is shown but can't be chosen
+    delays_s: float = 0.0  # how long prompts that come after it wait for it
+
+    @property
+    def costs_s(self) -> float:
+        """Its time to first token, and what it adds to that of others."""
+        return self.ttft_s + self.delays_s
 
 
 def rank(candidate: Candidate) -> tuple[bool, int, int, str]:
@@ -53,7 +59,7 @@ def rank(candidate: Candidate) -> tuple[bool, int, int, str]:
 
     In thousandths of a limit and in milliseconds: coarse, so that equally good plans are equal.
     """
-    return bool(candidate.barred), int(candidate.excess * 1000), int(candidate.ttft_s * 1000), candidate.kind
+    return bool(candidate.barred), int(candidate.excess * 1000), int(candidate.costs_s * 1000), candidate.kind
 
 
 class Decision:
@@ -128,7 +134,7 @@ class Decision:
         shares = [share for share in self._decode_alone() if share.worker.prefill is not None]
         if not shares:
             return []
-        candidates = [self._alone("local", self._best(shares))]
+        candidates = [self._beside_streams(self._best(shares))]
         if self._settings.borrow and self._prefill_is_behind():
             tokens, settings = self._request.prompt_tokens, self._settings
             idle = [(share.worker, share.cached) for share in shares if _idle(share.worker)]
@@ -150,7 +156,7 @@ class Decision:
 
     def _sooner_than_read(self, local: Candidate) -> bool:
         """Whether it keeps the limits, and prefill workers would still be reading the prompt: nothing beats it then."""
-        return not local.excess and local.ttft_s + SAME < min([share.seconds for share in self._reads])
+        return not local.excess and local.costs_s + SAME < min([share.seconds for share in self._reads])
 
     def _pair(self, reads: Share, writes: Share) -> Candidate:
         ttft_s = reads.seconds + self._handoff_s + writes.seconds
@@ -158,6 +164,13 @@ class Decision:
 
     def _alone(self, kind: str, share: Share) -> Candidate:
         return Candidate(kind, None, share, share.seconds, share.excess)
+
+    def _beside_streams(self, share: Share) -> Candidate:
+        """A decode worker reads the prompt. A long one counts twice: short prompts that come to be read there wait for
+        it, and it is what keeps their first tokens soon that they are read there."""
+        delays_s = reading_s(share, self._request.prompt_tokens)
+        local = self._alone("local", share)
+        return local._replace(delays_s=delays_s) if delays_s > self._settings.gap_limit_s else local
 
     # The workers that are looked at
 

@@ -86,6 +86,13 @@ def alone_idle(worker: WorkerView, tokens: int, cached: int, settings: RoutingSe
     return whole(worker, tokens, cached, settings, 0)
 
 
+def reading_s(share: Share, tokens: int) -> float:
+    """For how long a prompt alone, without what waits before it, is read beside the streams of the share's worker."""
+    worker, uncached = share.worker, tokens - share.cached
+    steps, cost = worker.steps(uncached), worker.prefill or UNMEASURED
+    return (cost.fixed_s + worker.step_s) * steps + cost.each_s * uncached
+
+
 def _reading(worker: WorkerView, uncached: int, beside: int) -> tuple[float, float]:
     """Seconds until the prompt is read here, and the longest gap that this makes in so many streams."""
     cost = worker.prefill or UNMEASURED

@@ -26,7 +26,7 @@ REASONS = {
     "round_robin": "the settings say so",
     "over_limits": "no plan keeps the limits; this one is quickest of those that are least over them",
     "follows_cache": "quickest: this worker holds more of the prompt than the least loaded one",
-    "protects_streams": "quickest within the limits: reading on a decode worker would hold up its streams",
+    "protects_streams": "quickest that holds up neither a decode worker's streams nor the prompts read there after it",
     "least_ttft": "quickest",
     "short_prompt": "quickest: what is not cached can be read on the decode worker within the limits",
     "decode_idle": "quickest: prefill is behind, and this decode worker has no streams to disturb",
@@ -83,4 +83,6 @@ def _why_not(candidate: Candidate, winner: Candidate) -> str:
         shares = [candidate.writes, candidate.reads] if candidate.reads else [candidate.writes]
         full = [share.worker.engine_id for share in shares if share.no_room]
         return f"no room on {', '.join(full)}" if full else f"{candidate.excess:.0%} over the limits"
+    if candidate.delays_s and candidate.ttft_s < winner.ttft_s + winner.delays_s:
+        return f"would hold up prompts that come after it for {candidate.delays_s:.3f} s"
     return f"{max(0.0, candidate.ttft_s - winner.ttft_s):.3f} s slower"

@@ -293,6 +293,27 @@ def test_each_step_of_a_prompt_has_its_fixed_part() -> None:
     assert behind.backlog_s == pytest.approx(10 * 0.1)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "waiting", "plan"),
+    [
+        (60, 0, "local"),
+        (60, 1200, "local"),
+        (1200, 0, "disaggregated"),
+        (1200, 1200, "disaggregated"),  # 7.3 s, where the decode worker would have read it in 3.9 s
+        (1200, 4800, "local"),
+    ],
+)
+def test_a_long_prompt_leaves_the_decode_worker_to_short_ones(tokens: int, waiting: int, plan: str) -> None:
+    """As long as the prefill worker is not so far behind that this costs more than the short ones' wait."""
+    settings = RoutingSettings(itl_limit_s=0.6, gap_limit_s=1.2)
+    busy = prefill(prefill=Cost(0.03, 0.003), queued_tokens=waiting, queued_requests=waiting // 1200)
+    small = decode(max_step_tokens=32, prefill=Cost(0.08, 0.0), streams=2)
+    answer, verdicts = explain(request(tokens), Snapshot((busy,), (small,)), settings)
+    assert isinstance(answer, Local if plan == "local" else Disaggregated)
+    whys = [v.why for v in verdicts if isinstance(v.plan, Local) and v.plan.decode == "d1"]
+    assert (waiting == 1200 and tokens == 1200) == any("would hold up prompts" in why for why in whys)
+
+
 def test_a_prompt_that_is_cached_to_its_end_is_not_free() -> None:
     """The last token is always computed."""
     plan = route(request(1000, cached={"d1": 1000}), Snapshot((prefill(),), (decode(),)))
