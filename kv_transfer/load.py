@@ -41,7 +41,8 @@ class Load:
     """What a worker holds at one moment, of all front ends together.
 
     Attributes:
-        queued_tokens: uncached prompt tokens that wait or are being read.
+        queued_tokens: uncached prompt tokens that wait or are being read, less what was probably read of the step that
+            is under way.
         queued_requests: the prompts that those belong to.
         streams: requests that write an answer here, or will once their prompt is here.
         pulling_tokens: prompt tokens whose blocks are being fetched.
@@ -91,11 +92,14 @@ class Meter:
 
     Args:
         num_blocks: KV blocks of the engine.
+        max_step_tokens: most tokens in one of its steps; 0 if nobody knows.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, max_step_tokens: int = 0) -> None:
         self.costs = WorkerCosts()
         self._num_blocks = num_blocks
+        self._max_step_tokens = max_step_tokens
+        self._step_began = 0.0
         self._legs: dict[str, _Leg] = {}
         self._read = 0  # prompt tokens read of legs whose reading has not ended
         self._free_blocks: int | None = None
@@ -112,6 +116,8 @@ class Meter:
         kv = extra.get(KV_PARAMS) or {}
         prompt = len(request.prompt_token_ids or ())
         pulls = bool(kv.get("do_remote_prefill"))
+        if not any(leg.begun or not leg.pulls for leg in self._legs.values()):  # else it is in the middle of a step
+            self._step_began = now
         self._legs[request.request_id] = _Leg(
             tokens=prompt if tokens is None else max(0, min(tokens, prompt)),
             prompt=prompt,
@@ -123,6 +129,7 @@ class Meter:
 
     def stepped(self, outputs: EngineCoreOutputs, now: float) -> None:
         """The engine has made a step."""
+        self._step_began = now
         stats = outputs.scheduler_stats
         if stats is not None:
             self._free_blocks = int((1.0 - stats.kv_cache_usage) * self._num_blocks)
@@ -145,12 +152,13 @@ class Meter:
         if not any(not leg.begun and not leg.pulls for leg in self._legs.values()):
             self._read = 0
 
-    def load(self) -> Load:
+    def load(self, now: float) -> Load:
         """What the engine holds now, rounded."""
         legs = self._legs.values()
         reading = [leg.tokens for leg in legs if not leg.begun and not leg.pulls]
+        unread = max(0, sum(reading) - self._read)
         return Load(
-            queued_tokens=_coarse(max(0, sum(reading) - self._read)),
+            queued_tokens=_coarse(unread - self._read_in_this_step(unread, now)),
             queued_requests=len(reading),
             streams=sum(leg.writes for leg in legs),
             pulling_tokens=_coarse(sum(leg.tokens for leg in legs if leg.pulls and not leg.begun)),
@@ -163,6 +171,17 @@ class Meter:
     def needed_tokens(self, now: float) -> float:
         """Tokens whose KV is needed here: prompts of the legs that are here, and what the cache spared lately."""
         return sum(leg.prompt for leg in self._legs.values()) + self._faded(now)
+
+    def _read_in_this_step(self, unread: int, now: float) -> int:
+        """How many tokens the engine has probably read since its last step, to be told of at the end of this one.
+
+        A step of thousands of tokens takes seconds on a CPU. Not all of them, however long it takes.
+        """
+        if self.costs.prefill is None or not unread:
+            return 0
+        in_step = min(unread, self._max_step_tokens or unread)
+        whole_s = self.costs.prefill.of(in_step)
+        return int(in_step * min(0.9, (now - self._step_began) / whole_s)) if whole_s > 0 else 0
 
     def _faded(self, now: float) -> float:
         hits, at = self._hits

@@ -83,7 +83,7 @@ class EngineWorker:
         self._token = settings.token
         self._engine = await start_engine(settings)
         self._pulls = PullWatch(settings.pull_timeout_s)
-        self._meter = Meter(self.engine.facts.num_blocks)
+        self._meter = Meter(self.engine.facts.num_blocks, self.engine.facts.max_step_tokens or 0)
         await measure(self.engine, self._meter.costs)
         self._spawn(self._hand_out())
         self._spawn(self._drop_silent())
@@ -142,7 +142,7 @@ class EngineWorker:
         try:
             if peer is None or not peer.take_over():
                 peer = self._peers[front_end] = Peer()
-                peer.told = News(self._meter.load(), 0)
+                peer.told = News(self._meter.load(time.monotonic()), 0)
                 yield [peer.told]
             for _ in range(STREAM_MESSAGES):
                 if not (batch := await peer.batch()):
@@ -217,7 +217,7 @@ class EngineWorker:
         """Tell front ends what is here whenever that has changed, a few times a second."""
         while self._dead is None:
             await asyncio.sleep(PERIOD_S)
-            load = self._meter.load()
+            load = self._meter.load(time.monotonic())
             for peer in self._peers.values():
                 news = News(load, peer.came)
                 if news != peer.told:

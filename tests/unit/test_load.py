@@ -51,16 +51,16 @@ def test_a_prompt_is_queued_until_it_is_read() -> None:
     meter = Meter(BLOCKS)
     meter.took(leg("a", 3200), None, 0.0)
     meter.took(leg("b", 640), 320, 0.0)
-    assert (meter.load().queued_tokens, meter.load().queued_requests, meter.load().streams) == (3520, 2, 2)
+    assert (meter.load(0.0).queued_tokens, meter.load(0.0).queued_requests, meter.load(0.0).streams) == (3520, 2, 2)
     meter.stepped(step(read=2048), 1.0)
-    assert meter.load().queued_tokens == 3520 - 2048
+    assert meter.load(1.0).queued_tokens == 3520 - 2048
     meter.stepped(step(first("a", 3200), read=1472), 2.0)
-    assert (meter.load().queued_tokens, meter.load().queued_requests) == (0, 1)  # 320 of b were read beside a
+    assert (meter.load(2.0).queued_tokens, meter.load(2.0).queued_requests) == (0, 1)  # 320 of b were read beside a
     meter.stepped(step(first("b", 320), streams=1, usage=0.25), 3.0)
-    assert meter.load().queued_requests == 0
-    assert meter.load().free_blocks == 750
+    assert meter.load(3.0).queued_requests == 0
+    assert meter.load(3.0).free_blocks == 750
     meter.dropped("a")
-    assert meter.load().streams == 1
+    assert meter.load(3.0).streams == 1
 
 
 def test_kv_is_needed_by_legs_and_by_hits() -> None:
@@ -84,15 +84,15 @@ def test_a_prefill_leg_is_no_stream_and_a_pull_is_not_read() -> None:
     """What is fetched counts apart from what is read."""
     meter = Meter(BLOCKS)
     meter.took(leg("p", 320, REMOTE_DECODE), None, 0.0)
-    assert (meter.load().queued_tokens, meter.load().streams) == (320, 0)
+    assert (meter.load(0.0).queued_tokens, meter.load(0.0).streams) == (320, 0)
     meter.stepped(step(first("p", 320, finished=True), read=320), 1.0)
-    assert meter.load().queued_requests == 0
+    assert meter.load(1.0).queued_requests == 0
     meter.took(leg("d", 320, PULL), 160, 2.0)
-    load = meter.load()
+    load = meter.load(2.0)
     assert (load.pulling_tokens, load.queued_tokens, load.queued_requests, load.streams) == (160, 0, 0, 1)
     meter.stepped(step(first("d", 1), read=1), 2.5)
-    assert meter.load().pulling_tokens == 0
-    assert meter.load().pull is not None and meter.load().pull.of(160) == pytest.approx(0.5, rel=0.05)  # type: ignore[union-attr]
+    assert meter.load(2.5).pulling_tokens == 0
+    assert meter.load(2.5).pull is not None and meter.load(2.5).pull.of(160) == pytest.approx(0.5, rel=0.05)  # type: ignore[union-attr]
 
 
 def test_costs_are_learned_from_steps() -> None:
@@ -101,9 +101,26 @@ def test_costs_are_learned_from_steps() -> None:
     for number in range(200):
         meter.stepped(step(read=100 + 10 * number, seconds=0.005 + (100 + 10 * number) * 1e-4), 0.0)
         meter.stepped(step(streams=1 + number % 50, seconds=0.01 + (1 + number % 50) * 1e-3), 0.0)
-    load = meter.load()
+    load = meter.load(0.0)
     assert load.prefill is not None and load.prefill.of(1000) == pytest.approx(0.105, rel=0.06)
     assert load.step is not None and load.step.of(20) == pytest.approx(0.03, rel=0.06)
+
+
+def test_a_long_step_counts_while_it_lasts() -> None:
+    """What was read of it is told at its end; until then it is reckoned by the time that it has taken."""
+    meter = Meter(BLOCKS, max_step_tokens=2048)
+    meter.costs.seed([(1000, 1.0), (2000, 2.0)], [(1, 0.01)])
+    meter.took(leg("a", 2048), None, 100.0)
+    meter.took(leg("b", 1024), None, 100.5)
+    assert meter.load(101.0).queued_tokens == pytest.approx(3072 - 1000, abs=COARSE_TOKENS)
+    assert meter.load(130.0).queued_tokens == pytest.approx(3072 - 0.9 * 2048, abs=COARSE_TOKENS)
+    meter.stepped(step(first("a", 2048), read=2048, seconds=2.0), 102.0)
+    assert meter.load(102.0).queued_tokens == 1024
+    meter.took(leg("p", 64, PULL), None, 103.0)
+    for name in ("a", "b"):
+        meter.dropped(name)
+    meter.took(leg("c", 1000), None, 200.0)
+    assert meter.load(200.0).queued_tokens == 1024, "a worker that only waited for blocks was in no step"
 
 
 def test_about_the_same_is_no_news() -> None:
@@ -111,9 +128,9 @@ def test_about_the_same_is_no_news() -> None:
     meter = Meter(BLOCKS)
     meter.took(leg("a", 3200), None, 0.0)
     meter.stepped(step(read=1, usage=0.1001), 0.0)
-    before = meter.load()
+    before = meter.load(0.0)
     meter.stepped(step(read=COARSE_TOKENS // 4, usage=0.1002), 0.0)
-    assert meter.load() == before
+    assert meter.load(0.0) == before
 
 
 def test_what_was_sent_is_added_until_the_worker_counts_it() -> None:
