@@ -16,8 +16,10 @@ LENGTHS = (1, 2, 3, 5, 17, 64, 100, 127, 128, 129, 200, 255, 256, 257, 300, 500,
 KV_BYTES_PER_TOKEN = 30 * 2 * 3 * 64 * 2  # layers x (K, V) x KV heads x head size x bfloat16
 
 
-NEAR_TIE = 0.1
-"""Nats between two choices below which the order of a kernel's additions may decide which comes first."""
+NEAR_TIE = 0.3
+"""Nats between two choices below which the order of a kernel's additions may decide which comes first: a bit more than
+two steps of bfloat16 where its greatest logits are (16 to 32, in steps of 0.125). KV that did not arrive shows in
+differences of several nats."""
 
 
 def prompt_of(tokens: int) -> list[int]:
@@ -28,12 +30,13 @@ def prompt_of(tokens: int) -> list[int]:
 def assert_same_tokens(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Two answers have the same tokens, or part at a near tie."""
     ours, theirs = (answer["choices"][0]["logprobs"] for answer in (one, other))
-    assert len(ours["tokens"]) == len(theirs["tokens"])
-    for mine, its, top in zip(ours["tokens"], theirs["tokens"], theirs["top_logprobs"], strict=True):
+    assert ours["tokens"]
+    for mine, its, top in zip(ours["tokens"], theirs["tokens"], theirs["top_logprobs"], strict=False):
         if mine != its:
             second, first = sorted(top.values())[-2:]
             assert first - second < NEAR_TIE, f"{mine!r} instead of {its!r}"
             return
+    assert len(ours["tokens"]) == len(theirs["tokens"])
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
@@ -69,25 +72,26 @@ def test_cached_tokens_are_those_that_nobody_computed(server: Server, pools: Poo
 
 
 def test_sixteen_streams_at_once(server: Server) -> None:
-    """Concurrent greedy streams each give the text that they give alone."""
+    """Concurrent greedy streams each give the text that they give alone, but for near ties."""
     prompts = [prompt_of(20 + 30 * i) for i in range(16)]
-    alone = [server.complete(prompt, max_tokens=12, temperature=0)["choices"][0]["text"] for prompt in prompts]
+    alone = [server.complete(prompt, max_tokens=12, temperature=0, logprobs=2) for prompt in prompts]
     with ThreadPoolExecutor(16) as pool:
-        together = list(pool.map(lambda prompt: stream_text(server, prompt), prompts))
-    # Batching changes the order of additions in a kernel, so a near tie may fall the other way now and then.
-    assert sum(a == b for a, b in zip(alone, together, strict=True)) >= 14
+        together = list(pool.map(lambda prompt: streamed(server, prompt), prompts))
+    for one, other in zip(together, alone, strict=True):
+        assert_same_tokens(one, other)
 
 
-def stream_text(server: Server, prompt: list[int]) -> str:
-    """The text of a streamed greedy completion, which must end properly."""
+def streamed(server: Server, prompt: list[int]) -> dict[str, Any]:
+    """The tokens of a streamed greedy completion, which must end properly, as of one that is not streamed."""
     body: dict[str, Any] = {"model": MODEL, "prompt": prompt, "max_tokens": 12, "temperature": 0, "stream": True}
-    text, finished = "", None
-    with server.client.stream("POST", "/v1/completions", json=body) as response:
+    tokens: list[str] = []
+    finished = ""
+    with server.client.stream("POST", "/v1/completions", json={**body, "logprobs": 2}) as response:
         assert response.status_code == 200
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 choice = json.loads(line[6:])["choices"][0]
-                text += choice["text"]
+                tokens += choice["logprobs"]["tokens"] if choice["logprobs"] else []
                 finished = choice["finish_reason"] or finished
     assert finished in ("length", "stop")
-    return text
+    return {"choices": [{"logprobs": {"tokens": tokens}}]}
