@@ -16,6 +16,12 @@ REMOTE_DECODE: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": 
 """What a prefill leg asks of its engine: keep the blocks for somebody else to decode from."""
 
 
+def kv_params(request: EngineCoreRequest) -> dict[str, Any]:
+    """A copy of a request's KV transfer parameters; empty where it has none."""
+    sampling = request.sampling_params
+    return dict((sampling.extra_args or {}).get(KV_PARAMS) or {}) if sampling else {}
+
+
 class InvalidHandoff(ValueError):
     """A prefill ended without parameters that a decode engine could pull by."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kv_transfer.costs import LEAST_S, Cost, WorkerCosts
-from kv_transfer.handoff import KV_PARAMS
+from kv_transfer.handoff import kv_params
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
@@ -112,8 +112,7 @@ class Meter:
             tokens: how many of its prompt tokens are not expected in the engine's cache; all when nobody knows.
             now: seconds on a monotonic clock, the same as for `stepped`.
         """
-        extra = (request.sampling_params.extra_args if request.sampling_params else None) or {}
-        kv = extra.get(KV_PARAMS) or {}
+        kv = kv_params(request)
         prompt = len(request.prompt_token_ids or ())
         pulls = bool(kv.get("do_remote_prefill"))
         if not any(leg.begun or not leg.pulls for leg in self._legs.values()):  # else it is in the middle of a step

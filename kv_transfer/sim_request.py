@@ -9,15 +9,9 @@ from typing import Any
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import PrefillStats
 
-from kv_transfer.handoff import KV_PARAMS
+from kv_transfer.handoff import kv_params
 from kv_transfer.sim_cache import BlockKey, block_keys
 from kv_transfer.sim_text import fold, likeliest, logprobs, next_token, prompt_logprobs
-
-
-def kv_params(request: EngineCoreRequest) -> dict[str, Any]:
-    """A request's KV transfer parameters."""
-    sampling = request.sampling_params
-    return dict((sampling.extra_args or {}).get(KV_PARAMS) or {}) if sampling else {}
 
 
 @dataclass(eq=False)

@@ -22,10 +22,11 @@ from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
 
 from kv_transfer.engine import EngineDied, EngineError, EngineFacts
 from kv_transfer.events import BlockRemoved
+from kv_transfer.handoff import kv_params
 from kv_transfer.settings import EngineSettings
 from kv_transfer.sim_cache import BlockCache, BlockKey
 from kv_transfer.sim_events import EventPublisher, runs
-from kv_transfer.sim_request import SimRequest, kv_params
+from kv_transfer.sim_request import SimRequest
 from kv_transfer.sim_transfer import RELEASE_TIMEOUT_S, TransferServer, settle_remote
 
 

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kv_transfer.engine import Engine, EngineDied, start_engine
-from kv_transfer.handoff import KV_PARAMS, Handoff, release_leg
+from kv_transfer.handoff import Handoff, kv_params, release_leg
 from kv_transfer.load import PERIOD_S, Meter, News
 from kv_transfer.peer import NoStream, Peer, WrongApplication, WrongIncarnation
 from kv_transfer.pull_watch import PullWatch
@@ -121,7 +121,7 @@ class EngineWorker:
             if not command.abort_immediately:  # a release produces nothing that anybody waits for
                 self._owner[command.request_id] = front_end
                 peer.legs.add(command.request_id)
-                if _pulls(command):
+                if kv_params(command).get("do_remote_prefill"):
                     self._pulls.came(command.request_id)
                 peer.came += 1
                 self._meter.took(command, expected.get(command.request_id), time.monotonic())
@@ -351,9 +351,3 @@ class EngineWorker:
         here = self.engine.facts.engine_id
         if engine_id not in (None, here):
             raise WrongIncarnation(str(engine_id), here)
-
-
-def _pulls(leg: EngineCoreRequest) -> bool:
-    """Whether a leg has a handoff to pull."""
-    extra = (leg.sampling_params.extra_args if leg.sampling_params else None) or {}
-    return bool((extra.get(KV_PARAMS) or {}).get("do_remote_prefill"))
