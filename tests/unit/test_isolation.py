@@ -10,31 +10,19 @@ import pytest
 from vllm.sampling_params import SamplingParams
 
 from kv_transfer.peer import WrongApplication, WrongIncarnation
-from kv_transfer.settings import EngineSettings, TransportSettings
 from kv_transfer.worker import EngineWorker
 from runtime.config_file import parse
 from runtime.errors import ConfigError
 from runtime.live_request import trusted
+from tests.unit.simulated_worker import TOKEN, simulated_worker
 from tests.unit.test_resume import engine_request
-
-TOKEN = "the application's"
 
 
 @pytest.fixture
 async def worker(tmp_path: Path) -> AsyncIterator[EngineWorker]:
     """A decode worker with a simulated engine."""
-    (tmp_path / "config.json").write_text('{"vocab_size": 20000, "max_position_embeddings": 512}')
-    settings = EngineSettings(
-        role="decode",
-        kind="simulated",
-        model=str(tmp_path),
-        token=TOKEN,
-        transport=TransportSettings(host="127.0.0.1"),  # type: ignore[call-arg]
-    )
-    worker = EngineWorker()
-    await worker.start(settings)
-    yield worker
-    worker.shutdown()
+    async with simulated_worker("decode", tmp_path) as worker:
+        yield worker
 
 
 async def every_call(worker: EngineWorker, engine_id: str | None, token: str) -> AsyncIterator[Any]:

@@ -52,6 +52,13 @@ class Handle:
         self.taken += args[3]
 
 
+def link_to(handle: Handle, reader: StreamReader, lost: list[str]) -> Link:
+    """A link that takes no notice of what comes, and notes in `lost` why it was lost."""
+    quiet: Any = lambda *_: None  # noqa: E731
+    tell: Any = lambda link, why: lost.append(why)  # noqa: E731
+    return Link(handle, FACTS, "f", "the token", quiet, quiet, tell, reader)  # type: ignore[arg-type]
+
+
 async def until(condition: Any) -> None:
     """Wait for something that happens soon."""
     async with asyncio.timeout(10):
@@ -62,9 +69,7 @@ async def until(condition: Any) -> None:
 async def test_a_lost_link_sends_no_more() -> None:
     """What is under way may have arrived; what waits and what comes later is dropped, and the loss is told once."""
     handle, lost, reader = Handle(), list[str](), StreamReader()
-    quiet: Any = lambda link, what: None  # noqa: E731
-    tell: Any = lambda link, why: lost.append(why)  # noqa: E731
-    link = Link(handle, FACTS, "f", "the token", lambda batch: None, quiet, tell, reader)  # type: ignore[arg-type]
+    link = link_to(handle, reader, lost)
     link.send(["taken"])
     await until(lambda: handle.taken)
     handle.sticks = True
@@ -84,8 +89,7 @@ async def test_a_lost_link_sends_no_more() -> None:
 async def test_a_link_that_is_lost_as_a_command_comes_sends_no_more(steps: int) -> None:
     """However far the writer has got with the command, so many steps of the loop after it."""
     handle, reader = Handle(), StreamReader()
-    quiet: Any = lambda link, what: None  # noqa: E731
-    link = Link(handle, FACTS, "f", "the token", lambda batch: None, quiet, quiet, reader)  # type: ignore[arg-type]
+    link = link_to(handle, reader, [])
     link.send(["taken"])
     await until(lambda: handle.taken)
     await asyncio.sleep(0.01)  # the writer waits for the next one
@@ -107,12 +111,11 @@ async def test_a_call_that_ray_cancels_loses_the_link(monkeypatch: pytest.Monkey
         raise asyncio.CancelledError
 
     monkeypatch.setattr(handle.exchange, "remote", cancelled)
-    quiet: Any = lambda link, what: None  # noqa: E731
-    tell: Any = lambda link, why: lost.append(why)  # noqa: E731
-    link = Link(handle, FACTS, "f", "the token", lambda batch: None, quiet, tell, reader)  # type: ignore[arg-type]
+    link = link_to(handle, reader, lost)
     link.send(["comes"])
     await until(lambda: lost)
     reader.close()
+    assert lost == ["it took no commands: Ray cancelled the call"]
 
 
 async def test_outputs_that_can_not_be_taken_lose_the_link() -> None:

@@ -13,29 +13,17 @@ from vllm.v1.engine import EngineCoreRequest
 from kv_transfer import worker as worker_module
 from kv_transfer.handoff import release_leg
 from kv_transfer.peer import NoStream
-from kv_transfer.settings import EngineSettings, TransportSettings
 from kv_transfer.worker import EngineWorker
+from tests.unit.simulated_worker import TOKEN, simulated_worker
 from tests.unit.test_ledger import handoff
 from tests.unit.test_simulator import new_request
-
-TOKEN = "the application's"
 
 
 @pytest.fixture
 async def worker(tmp_path: Path) -> AsyncIterator[EngineWorker]:
     """A prefill worker with a simulated engine."""
-    (tmp_path / "config.json").write_text('{"vocab_size": 20000, "max_position_embeddings": 512}')
-    settings = EngineSettings(
-        role="prefill",
-        kind="simulated",
-        model=str(tmp_path),
-        token=TOKEN,
-        transport=TransportSettings(host="127.0.0.1"),  # type: ignore[call-arg]
-    )
-    worker = EngineWorker()
-    await worker.start(settings)
-    yield worker
-    worker.shutdown()
+    async with simulated_worker("prefill", tmp_path) as worker:
+        yield worker
 
 
 class SlowEngine:
