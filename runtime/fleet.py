@@ -333,7 +333,9 @@ class Fleet:
         worker = self.workers.pop(engine_id)
         if worker.out_of_time is not None:
             worker.out_of_time.cancel()
-        if worker.state is not State.DRAINING and not self._closed:
+        # Serve goes on announcing the dead for a second: that it can't be reached again is no other loss.
+        once_more = worker.state is State.CONNECTING and engine_id in self._flaps
+        if worker.state is not State.DRAINING and not once_more and not self._closed:
             WORKERS_LOST.labels(pool=link.facts.role).inc()
             self._note(link.facts, f"lost: {why}")
         logger.warning("%s worker %s lost: %s", link.facts.role, engine_id, why)

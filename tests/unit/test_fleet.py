@@ -1,4 +1,4 @@
-"""A worker that is to go is let go of once nobody needs it."""
+"""A worker that is to go is let go of once nobody needs it; one that dies is lost once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from kv_transfer.engine import EngineFacts
 from kv_transfer.ledger import Ledger
 from runtime.fleet import Fleet, State
+from runtime.metrics import WORKERS_LOST
 from tests.unit.test_ledger import handoff
 from tests.unit.test_link import Handle, until
 
@@ -47,3 +48,22 @@ async def test_it_stays_for_a_pull_that_was_told_to_abort(
         ledger.forget("d")
         assert not fleet.workers
     await until(lambda: not fleet.workers)
+
+
+async def test_a_worker_that_dies_is_lost_once(pool: tuple[Fleet, Ledger], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is tried again before Ray Serve has noticed."""
+    monkeypatch.setattr("runtime.fleet.RECONNECT_S", 0.001)
+    fleet, _ = pool
+    lost = WORKERS_LOST.labels(pool="prefill")._value
+    before, tries = lost.get(), 0
+
+    def dead(*args: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        raise ConnectionError("it is dead")
+
+    fleet._handles["prefill"].outputs.remote = dead  # type: ignore[attr-defined]
+    fleet.workers["p"].link.close("it died")
+    await until(lambda: tries > 2)
+    assert lost.get() == before + 1
+    assert [event["what"] for event in fleet.events if "lost" in event["what"]] == ["lost: it died"]
