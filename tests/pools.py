@@ -89,5 +89,7 @@ class Pools:
         return left  # and not what is held a moment later: a worker that has just come may be warming
 
     def close(self) -> None:
-        """Leave the cluster."""
+        """Leave the cluster; handles' routers would go on asking a cluster that is gone."""
+        for handle in self._handles.values():
+            handle.shutdown()
         ray.shutdown()

@@ -34,7 +34,8 @@ GROWS_WITHIN_S, SHRINKS_WITHIN_S = 1200.0, 600.0
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo's settings with room for a second decode worker; no process may be left after it."""
     settings: dict[str, Any] = yaml.safe_load((ROOT / "deploy/config/demo.yaml").read_text())
-    settings["engine_args"] |= {"max_num_seqs": PLACES, "kv_cache_memory_bytes": 2**29}
+    settings["engine_args"] |= {"kv_cache_memory_bytes": 2**29}
+    settings["decode"]["engine_args"] |= {"max_num_seqs": PLACES}
     settings["scaling"] = {"decode": {"min": 1, "max": 2}, "shrink_after_s": 20, "borrow_s": 2}
     settings["routing"] = {"preset": "always-disaggregated"}
     settings["objectives"] = {"ttft_s": 30, "itl_s": 1}  # as slow as three engines on a few cores may be
