@@ -175,31 +175,14 @@ def test_a_real_server(tmp_path: Path) -> None:
         "--artifacts-destination",
         str(tmp_path / "store"),
     ]
-    log = (tmp_path / "mlflow.log").open("wb")
-    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
+    with (tmp_path / "mlflow.log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True)
     try:
         assert wait_for(lambda: answers(f"{url}/health"), 400), (tmp_path / "mlflow.log").read_text()
         models = [make_model(tmp_path / f"model-{number}") for number in (1, 2)]
-        client = httpx.Client(base_url=url, timeout=60)
-        call(client, "POST", "registered-models/create", name="m")
-        for model in models:
-            run = call(client, "POST", "runs/create", experiment_id="0")["run"]["info"]
-            root = run["artifact_uri"].removeprefix("mlflow-artifacts:").strip("/")
-            for path in model.iterdir():
-                put = client.put(
-                    f"/api/2.0/mlflow-artifacts/artifacts/{root}/model/{path.name}", content=path.read_bytes()
-                )
-                put.raise_for_status()
-            call(
-                client,
-                "POST",
-                "model-versions/create",
-                name="m",
-                source=f"{run['artifact_uri']}/model",
-                run_id=run["run_id"],
-            )
-        call(client, "POST", "registered-models/alias", name="m", alias="champion", version="2")
+        with httpx.Client(base_url=url, timeout=60) as client:
+            register(client, models)
         for uri, model in (("models:/m/1", models[0]), ("models:/m@champion", models[1]), ("models:/m/2", models[1])):
             status, directory, err = fetched(uri, tmp_path / "cache", {"MLFLOW_TRACKING_URI": url})
             assert status == 0, err
@@ -211,7 +194,26 @@ def test_a_real_server(tmp_path: Path) -> None:
     finally:
         os.killpg(server.pid, 15)
         server.wait(30)
-        log.close()
+
+
+def register(client: httpx.Client, models: list[Path]) -> None:
+    """Make each of them a version of the model `m`, and the second one its champion."""
+    call(client, "POST", "registered-models/create", name="m")
+    for model in models:
+        run = call(client, "POST", "runs/create", experiment_id="0")["run"]["info"]
+        root = run["artifact_uri"].removeprefix("mlflow-artifacts:").strip("/")
+        for path in model.iterdir():
+            put = client.put(f"/api/2.0/mlflow-artifacts/artifacts/{root}/model/{path.name}", content=path.read_bytes())
+            put.raise_for_status()
+        call(
+            client,
+            "POST",
+            "model-versions/create",
+            name="m",
+            source=f"{run['artifact_uri']}/model",
+            run_id=run["run_id"],
+        )
+    call(client, "POST", "registered-models/alias", name="m", alias="champion", version="2")
 
 
 def call(client: httpx.Client, method: str, path: str, **body: str) -> Any:
