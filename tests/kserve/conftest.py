@@ -21,6 +21,7 @@ import httpx
 import pytest
 import yaml
 
+from runtime.serving import LOOPBACK
 from tests.conftest import MARK, MODEL, ROOT, free_port, marked, ray_address, wait_for
 
 KEY = "test-key"
@@ -92,10 +93,10 @@ class RayCluster:
     """A Ray cluster's head, as a pod of KubeRay would run it.
 
     Attributes:
-        env: what every process of the cluster has in its environment. `ray start` leaves its address for others to
-            find: in a folder of the test's own. And a head takes up token authentication by itself where a token lies
-            in the home directory, while those who join don't: so it is asked of all of them, with a token of the test's
-            own, as KubeRay gives pods one.
+        env: the environment of every process of the cluster. `ray start` leaves its address for others to find: in a
+            folder of the test's own. And a head takes up token authentication by itself where a token lies in the home
+            directory, while those who join don't: so it is asked of all of them, with a token of the test's own, as
+            KubeRay gives pods one. What keeps the suites' other clusters on loopback would keep nodes from joining.
     """
 
     address: str
@@ -113,9 +114,7 @@ class RayCluster:
             f"ray.init(address={self.address!r}, log_to_driver=False, configure_logging=False); "
             "print('told', json.dumps(list(serve.status().applications)))"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, **self.env}, capture_output=True, text=True, timeout=120
-        )
+        done = subprocess.run([sys.executable, "-c", code], env=self.env, capture_output=True, text=True, timeout=120)
         told = [line for line in done.stdout.splitlines() if line.startswith("told ")]
         assert told, done.stderr
         names: list[str] = json.loads(told[0].removeprefix("told "))
@@ -141,8 +140,7 @@ def predictor(
             command,
             cwd=ROOT,
             env={
-                **os.environ,
-                **(cluster.env if cluster else {}),
+                **(cluster.env if cluster else os.environ),
                 "PYTHONPATH": str(ROOT),
                 "BATON_API_KEYS": KEY,
                 "PYTHONFAULTHANDLER": "1",
@@ -197,6 +195,7 @@ def ray_cluster() -> Iterator[RayCluster]:
     mark, port = uuid.uuid4().hex, free_port()
     folder = Path(f"/tmp/ray-{mark[:8]}")  # short: sockets below it have to fit in 107 characters
     env = {
+        **{name: value for name, value in os.environ.items() if name != LOOPBACK[0]},
         "RAY_TMPDIR": str(folder),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -208,7 +207,7 @@ def ray_cluster() -> Iterator[RayCluster]:
     command += ["--node-ip-address=127.0.0.1", "--num-cpus=4", "--include-dashboard=false", "--disable-usage-stats"]
     process = subprocess.Popen(
         command,
-        env={**os.environ, **env},
+        env=env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
