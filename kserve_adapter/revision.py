@@ -63,6 +63,7 @@ class Revision:
         self._owned = False
         self._keeper: Any = None
         self._node: RayNode | None = None
+        self._handles: dict[str, DeploymentHandle] = {}
         self._given_up = threading.Event()
         self._in_thread: asyncio.Future[Any] | None = None
         self._heart: asyncio.Task[None] | None = None
@@ -80,14 +81,15 @@ class Revision:
         else:
             await self._join()
             self._heart = asyncio.get_running_loop().create_task(self._beat())
-        return await self.unless_it_fails(self._handles())
+        self._handles = await self.unless_it_fails(self._deployed())
+        return dict(self._handles)
 
     async def _uncancelled(self, work: Callable[..., object], *args: Any) -> None:
         """Work in a thread, which can't be cancelled: `close` waits for it where this is."""
         self._in_thread = asyncio.ensure_future(asyncio.to_thread(work, *args))
         await asyncio.shield(self._in_thread)
 
-    async def _handles(self) -> dict[str, DeploymentHandle]:
+    async def _deployed(self) -> dict[str, DeploymentHandle]:
         """The deployments appear some time after their application."""
         while True:
             with contextlib.suppress(KeyError):
@@ -140,6 +142,9 @@ class Revision:
     def leave_cluster(self) -> None:
         """Leave the cluster, or end it where it is this process's own. In the main thread, after the event loop."""
         if ray.is_initialized():
+            # Routers outlive Ray's shutdown and report every few seconds, for which Ray would start a cluster anew.
+            for handle in self._handles.values():
+                handle.shutdown()
             if self._address is None:
                 serve.shutdown()
             ray.shutdown()
