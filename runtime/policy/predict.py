@@ -89,17 +89,16 @@ def alone_idle(worker: WorkerView, tokens: int, cached: int, settings: RoutingSe
 def reading_s(share: Share, tokens: int) -> float:
     """For how long a prompt alone, without what waits before it, is read beside the streams of the share's worker."""
     worker, uncached = share.worker, tokens - share.cached
-    steps, cost = worker.steps(uncached), worker.prefill or UNMEASURED
-    return (cost.fixed_s + worker.step_s) * steps + cost.each_s * uncached
+    steps = worker.steps(uncached)
+    return (worker.prefill or UNMEASURED).in_steps(steps, uncached) + worker.step_s * steps
 
 
 def _reading(worker: WorkerView, uncached: int, beside: int) -> tuple[float, float]:
     """Seconds until the prompt is read here, and the longest gap that this makes in so many streams."""
-    cost = worker.prefill or UNMEASURED
     tokens = worker.waiting_tokens + uncached
     steps = worker.steps(tokens)
     own_steps = max(1, steps - worker.steps(worker.waiting_tokens))
-    seconds = worker.backlog_s + cost.fixed_s * own_steps + cost.each_s * uncached
+    seconds = worker.backlog_s + (worker.prefill or UNMEASURED).in_steps(own_steps, uncached)
     step = worker.step or FREE
     step_s = step.fixed_s + step.each_s * beside
     if beside and worker.streams:

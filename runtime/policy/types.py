@@ -21,6 +21,10 @@ class Cost:
         """Seconds for `units` of work."""
         return self.fixed_s + self.each_s * units
 
+    def in_steps(self, steps: int, units: float) -> float:
+        """Seconds for `units` of work that is done in so many steps, each of which costs the fixed part."""
+        return self.fixed_s * steps + self.each_s * units
+
 
 UNMEASURED = Cost(0.0, 1e-4)
 """Stands for the prefill cost of a worker without figures, so that tokens can be compared with each other."""
@@ -63,7 +67,7 @@ class WorkerView:
     def __post_init__(self) -> None:
         cost = self.prefill or UNMEASURED
         waiting = self.tokens if self.queued_tokens is None else self.queued_tokens
-        backlog_s = cost.fixed_s * max(self.queued_requests, self.steps(waiting)) + cost.each_s * waiting
+        backlog_s = cost.in_steps(max(self.queued_requests, self.steps(waiting)), waiting)
         room = inf if self.free_blocks is None else (self.free_blocks - 1) * self.block_tokens
         step_s = self.step.of(self.streams + 1) if self.step else 0.0
         derive = object.__setattr__  # the way of frozen dataclasses
