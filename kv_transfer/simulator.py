@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +24,9 @@ from kv_transfer.handoff import kv_params
 from kv_transfer.settings import EngineSettings
 from kv_transfer.sim_cache import BlockCache, BlockKey
 from kv_transfer.sim_events import EventPublisher, runs
+from kv_transfer.sim_faults import Faults
+from kv_transfer.sim_handoffs import SimHandoffs
 from kv_transfer.sim_request import SimRequest
-from kv_transfer.sim_transfer import RELEASE_TIMEOUT_S, TransferServer, settle_remote
-
-
-@dataclass
-class Faults:
-    """What goes wrong on purpose."""
-
-    dead: bool = False
-    hang: bool = False
-    fail_pulls: int = 0
-    hang_pulls: int = 0
-    fail_legs: int = 0
-    slow: float = 1.0
 
 
 class SimulatedEngine:
@@ -56,14 +43,14 @@ class SimulatedEngine:
         self._waiting: deque[SimRequest] = deque()
         self._running: list[SimRequest] = []
         self._fetching: set[SimRequest] = set()
-        self._handoffs: dict[str, tuple[SimRequest, asyncio.TimerHandle]] = {}
         self._outputs: asyncio.Queue[EngineCoreOutputs | None] = asyncio.Queue()
         self._work = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
         self._engine_id = uuid.uuid4().hex
-        self._server = TransferServer(self._engine_id, self._give_up)
         self.faults = Faults()
-        self.leases_expired = self.pulls = self.pulled_bytes = self.prompt_tokens_computed = 0
+        lease_s = settings.transport.lease_s
+        self._handoffs = SimHandoffs(self._engine_id, lease_s, self._sim, self.faults, self._drop)
+        self.prompt_tokens_computed = 0
         self.facts: EngineFacts
 
     @classmethod
@@ -93,7 +80,7 @@ class SimulatedEngine:
             max_model_len=self._window,
             num_blocks=self._sim.num_blocks,
             kv_host=host,
-            kv_port=await self._server.start(host),
+            kv_port=await self._handoffs.start(host),
             max_streams=self._sim.max_batch_requests,
             max_step_tokens=self._sim.max_step_tokens,
             events=self._events.endpoint,
@@ -106,9 +93,7 @@ class SimulatedEngine:
     async def add(self, request: EngineCoreRequest) -> None:
         """See `Engine.add`."""
         if request.abort_immediately:
-            params = kv_params(request)
-            if params.get("remote_engine_id") == self._engine_id:
-                self._give_up(str(params["remote_request_id"]))
+            self._handoffs.settle_own(kv_params(request))
             return
         self._waiting.append(SimRequest.of(request, self._sim.block_tokens))
         self._work.set()
@@ -121,7 +106,7 @@ class SimulatedEngine:
                 unpulled = entry.is_pull and entry not in self._running
                 self._drop(entry)
                 if unpulled:
-                    self._spawn(settle_remote(entry.params, RELEASE_TIMEOUT_S))
+                    self._spawn(self._handoffs.decline(entry))
 
     async def outputs(self) -> EngineCoreOutputs:
         """See `Engine.outputs`."""
@@ -152,9 +137,9 @@ class SimulatedEngine:
             "fetching": len(self._fetching),
             "blocks_held": self._cache.held,
             "handoffs": len(self._handoffs),
-            "leases_expired": self.leases_expired,
-            "pulls": self.pulls,
-            "pulled_bytes": self.pulled_bytes,
+            "leases_expired": self._handoffs.leases_expired,
+            "pulls": self._handoffs.pulls,
+            "pulled_bytes": self._handoffs.pulled_bytes,
             "prompt_tokens_computed": self.prompt_tokens_computed,
         }
 
@@ -168,12 +153,10 @@ class SimulatedEngine:
 
     def shutdown(self) -> None:
         """See `Engine.shutdown`."""
-        self._server.close()
+        self._handoffs.close()
         self._events.close()
         for task in self._background:
             task.cancel()
-        for _, lease in self._handoffs.values():
-            lease.cancel()
 
     # Steps
 
@@ -261,7 +244,7 @@ class SimulatedEngine:
             self.prompt_tokens_computed += output.prefill_stats.num_computed_tokens
         if output.finished and entry.hands_over:
             self._running.remove(entry)
-            output.kv_transfer_params = self._hand_over(entry)
+            output.kv_transfer_params = self._handoffs.pin(entry)
         elif output.finished:
             self._drop(entry)
         return output
@@ -292,59 +275,13 @@ class SimulatedEngine:
             iteration_details=details,
         )
 
-    # Handoffs
-
-    def _hand_over(self, entry: SimRequest) -> dict[str, Any]:
-        """Pin the blocks of a finished prefill until they are pulled, released, or the lease ends."""
-        request_id, lease_s = entry.id, self._settings.transport.lease_s
-        timer = asyncio.get_running_loop().call_later(lease_s, self._expire, request_id)
-        self._handoffs[request_id] = (entry, timer)
-        return {
-            "do_remote_prefill": True,
-            "do_remote_decode": False,
-            "remote_block_ids": [list(range(len(entry.held)))],
-            "remote_engine_id": self._engine_id,
-            "remote_request_id": request_id,
-            "remote_host": self.facts.kv_host,
-            "remote_port": self.facts.kv_port,
-            "tp_size": 1,
-            "remote_num_tokens": len(entry.prompt),
-            "remote_blocks_expiry_time": time.time() + lease_s,
-            "remote_prefill_cached_tokens": entry.cached,
-        }
-
-    def _give_up(self, request_id: str) -> int | None:
-        found = self._handoffs.pop(request_id, None)
-        if found is None or self.faults.dead:
-            return None
-        entry, timer = found
-        timer.cancel()
-        self._drop(entry)
-        return len(entry.prompt)
-
-    def _expire(self, request_id: str) -> None:
-        if self._give_up(request_id) is not None:
-            self.leases_expired += 1
-
     async def _pull(self, entry: SimRequest) -> None:
-        """Fetch the blocks that are not here; all but the last prompt token, whose logits nobody else has."""
-        tokens = max(0, len(entry.prompt) - 1 - entry.cached)
-        size = tokens * self._sim.kv_bytes_per_token
-        if not self._sim.zero_time:
-            await asyncio.sleep(size / self._sim.transfer_bytes_per_s * self.faults.slow)
-        if self.faults.hang_pulls > 0:
-            self.faults.hang_pulls -= 1
-            await asyncio.Event().wait()
-        failed = self.faults.fail_pulls > 0
-        self.faults.fail_pulls -= failed
-        if failed or not await settle_remote(entry.params):
+        """Have a request's blocks fetched; it runs once they are here."""
+        if not await self._handoffs.pull(entry):
             self._drop(entry)
             self._emit([entry.error()])
             return
-        self.pulls += 1
-        self.pulled_bytes += size
-        entry.pulled = tokens
-        self._read(entry, tokens)
+        self._read(entry, entry.pulled)
         self._fetching.discard(entry)
         self._running.append(entry)
         self._work.set()
@@ -352,9 +289,7 @@ class SimulatedEngine:
     # Faults
 
     def _inject(self, name: str, value: Any) -> None:
-        if name not in Faults.__dataclass_fields__:
-            raise EngineError(f"no fault {name}; there are {', '.join(Faults.__dataclass_fields__)}")
-        setattr(self.faults, name, value)
+        self.faults.inject(name, value)
         if self.faults.dead:
             self.shutdown()
             self._outputs.put_nowait(None)

@@ -161,7 +161,7 @@ class Fabric:
 
     def leases_expired(self) -> int:
         """Leases that ran out on any living engine."""
-        return sum(worker.simulated.leases_expired for worker in self.workers())
+        return sum(worker.simulated.state()["leases_expired"] for worker in self.workers())
 
     async def settle(self) -> None:
         """Let the workers notice that a front end has left."""

@@ -445,7 +445,7 @@ async def play(folder: Path, operations: list[tuple[str, Any]]) -> None:
             for _ in range(value):
                 await asyncio.sleep(0)
     await until(lambda: in_use(prefill, decode) == 0 or any(reader.done() for reader in readers))
-    assert prefill.leases_expired == 0 and not any(reader.done() for reader in readers)
+    assert prefill.state()["leases_expired"] == 0 and not any(reader.done() for reader in readers)
     for engine, reader in zip((prefill, decode), readers, strict=True):
         engine.shutdown()
         reader.cancel()
