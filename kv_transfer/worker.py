@@ -20,6 +20,7 @@ from kv_transfer.engine import Engine, EngineDied, start_engine
 from kv_transfer.handoff import Handoff, kv_params, release_leg
 from kv_transfer.load import PERIOD_S, Meter, News
 from kv_transfer.peer import NoStream, Peer, WrongApplication, WrongIncarnation
+from kv_transfer.peers import Peers, everybody_has_noticed
 from kv_transfer.pull_watch import PullWatch
 from kv_transfer.self_measurement import measure
 from kv_transfer.settings import EngineSettings
@@ -33,12 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("baton.worker")
 
-
-FRONT_END_SILENCE_S = 10.0
-"""A front end that has sent nothing for this long is dead: Ray does not end the streams of a caller that died.
-
-Workers hear of a front end at most a heartbeat apart and look for silence once a heartbeat, which is a quarter of this;
-so all notice its death within half of this."""
 
 HANG_CHECKS = 10
 """How often in `EngineSettings.hang_s` an engine that has work is looked at, and in `pull_timeout_s` its pulls."""
@@ -59,8 +54,7 @@ class EngineWorker:
 
     def __init__(self) -> None:
         self._engine: Engine | None = None
-        self._peers: dict[str, Peer] = {}  # by the name of the front end's link
-        self._owner: dict[str, str] = {}  # leg id -> front end
+        self._peers = Peers()
         self._token = ""
         self._meter: Meter
         self._dead: str | None = None
@@ -86,7 +80,7 @@ class EngineWorker:
         self._meter = Meter(self.engine.facts.num_blocks, self.engine.facts.max_step_tokens or 0)
         await measure(self.engine, self._meter.costs)
         self._spawn(self._hand_out())
-        self._spawn(self._drop_silent())
+        self._spawn(self._peers.drop_silent())
         self._spawn(self._notice_hang(settings.hang_s))
         self._spawn(self._watch_handoffs(settings.pull_timeout_s / HANG_CHECKS))
         self._spawn(self._tell_load())
@@ -119,11 +113,9 @@ class EngineWorker:
                 await self._abort(command)
                 continue
             if not command.abort_immediately:  # a release produces nothing that anybody waits for
-                self._owner[command.request_id] = front_end
-                peer.legs.add(command.request_id)
+                self._peers.took(command.request_id, front_end, peer)
                 if kv_params(command).get("do_remote_prefill"):
                     self._pulls.came(command.request_id)
-                peer.came += 1
                 self._meter.took(command, expected.get(command.request_id), time.monotonic())
             await self.engine.add(command)
         for leg_id in settled:  # last: their releases are among the commands
@@ -141,7 +133,7 @@ class EngineWorker:
         peer, handed_over = self._peers.get(front_end), False
         try:
             if peer is None or not peer.take_over():
-                peer = self._peers[front_end] = Peer()
+                peer = self._peers.join(front_end)
                 peer.told = News(self._meter.load(time.monotonic()), 0)
                 yield [peer.told]
             for _ in range(STREAM_MESSAGES):
@@ -158,8 +150,7 @@ class EngineWorker:
 
     async def _left(self, front_end: str, peer: Peer) -> None:
         """Abort the legs of a front end that is gone, and release what it had not settled."""
-        if self._peers.get(front_end) is peer:
-            del self._peers[front_end]
+        self._peers.leave(front_end, peer)
         await self._abort(list(peer.legs))
         if peer.handoffs:
             self._counts["orphans"] += len(peer.handoffs)
@@ -177,8 +168,7 @@ class EngineWorker:
 
     def needed_tokens(self) -> float:
         """How many tokens of the KV here somebody needs or is likely to need."""
-        handoffs = [params for peer in self._peers.values() for params in peer.handoffs.values()]
-        waiting = sum(Handoff.from_params(params).tokens for params in handoffs)
+        waiting = sum(Handoff.from_params(params).tokens for params in self._peers.handoffs())
         return self._meter.needed_tokens(time.monotonic()) + waiting
 
     def check_health(self) -> None:
@@ -198,7 +188,7 @@ class EngineWorker:
             self._engine = None
 
     async def _hand_out(self) -> None:
-        """Split each step's outputs by front end, until the engine dies."""
+        """Pass each step's outputs on to the front ends, until the engine dies."""
         try:
             while True:
                 outputs = await self.engine.outputs()
@@ -206,8 +196,10 @@ class EngineWorker:
                 if self._metrics is not None:
                     self._metrics.stepped(outputs)
                 self._meter.stepped(outputs, self._stepped)
-                for front_end, batch in self._by_front_end(outputs).items():
-                    self._peers[front_end].queue.put_nowait(batch)
+                for output in outputs.outputs:
+                    self._pulls.over(output.request_id)
+                for params in self._peers.hand_out(outputs):
+                    self._spawn(self._release([params]))
         except asyncio.CancelledError:
             raise
         except Exception as error:  # whatever it was, nobody hands out tokens any more: the worker has to go
@@ -217,18 +209,12 @@ class EngineWorker:
         """Tell front ends what is here whenever that has changed, a few times a second."""
         while self._dead is None:
             await asyncio.sleep(PERIOD_S)
-            load = self._meter.load(time.monotonic())
-            for peer in self._peers.values():
-                news = News(load, peer.came)
-                if news != peer.told:
-                    peer.told = news
-                    peer.queue.put_nowait(news)
+            self._peers.tell(self._meter.load(time.monotonic()))
 
     def _die(self, why: str) -> None:
         self._dead = why
         logger.error("engine %s died: %s", self.engine.facts.engine_id, why)
-        for peer in self._peers.values():
-            peer.end()
+        self._peers.end()
 
     async def _notice_hang(self, hang_s: float) -> None:
         """Take an engine that has had work all the time, and made no step with it, for dead."""
@@ -237,7 +223,7 @@ class EngineWorker:
             slept = time.monotonic()
             await asyncio.sleep(period)
             self._stepped += max(0.0, time.monotonic() - slept - 2 * period)  # this process stood still, not the engine
-            if not self._owner:
+            if not self._peers.owners:
                 self._stepped = time.monotonic()
             elif time.monotonic() - self._stepped > hang_s:
                 self._die(f"no step for {hang_s:g} s although it has work")
@@ -261,45 +247,11 @@ class EngineWorker:
 
         self._counts["pulls_hung"] += 1
         logger.warning("the pull of leg %s hangs and is given up", leg_id)
-        peer = self._peers.get(self._owner.get(leg_id, ""))
+        peer = self._peers.owner(leg_id)
         await self._abort([leg_id])
         if peer is not None:
             failed = EngineCoreOutput(leg_id, [], finish_reason=FinishReason.ERROR)
             peer.queue.put_nowait(EngineCoreOutputs(outputs=[failed]))
-
-    async def _drop_silent(self) -> None:
-        """End the streams of front ends that died, which aborts their legs."""
-        period = FRONT_END_SILENCE_S / 4
-        while True:
-            slept = time.monotonic()
-            await asyncio.sleep(period)
-            now = time.monotonic()
-            for name, peer in self._peers.items():
-                if now - slept > 2 * period:
-                    peer.heard = now  # it was this process that stood still
-                elif now - peer.heard > FRONT_END_SILENCE_S:
-                    logger.warning("front end %s is silent: its %d legs are aborted", name, len(peer.legs))
-                    peer.end()
-
-    def _by_front_end(self, outputs: EngineCoreOutputs) -> dict[str, EngineCoreOutputs]:
-        split: dict[str, list[Any]] = {}
-        for output in outputs.outputs:
-            self._pulls.over(output.request_id)
-            front_end = self._owner.get(output.request_id)
-            if front_end is None:  # it was aborted after it had finished, so nobody will ask for its blocks
-                if output.kv_transfer_params:
-                    self._spawn(self._release([output.kv_transfer_params]))
-                continue
-            split.setdefault(front_end, []).append(output)
-            if output.finished:
-                self._forget(output.request_id)
-                if output.kv_transfer_params and front_end in self._peers:
-                    self._peers[front_end].handoffs[output.request_id] = output.kv_transfer_params
-        return {
-            front_end: type(outputs)(outputs=batch, timestamp=outputs.timestamp)
-            for front_end, batch in split.items()
-            if front_end in self._peers
-        }
 
     async def _release_orphans(self, handoffs: list[dict[str, Any]]) -> None:
         """Free what a front end that is gone had not settled, once no decode engine reads it any more.
@@ -307,7 +259,7 @@ class EngineWorker:
         Decode workers notice the same loss, or are told by the front end if only its link to here broke, and end the
         legs that pull. Until then blocks that are written anew would be read into a decode engine's prefix cache.
         """
-        await asyncio.sleep(FRONT_END_SILENCE_S / 2)
+        await everybody_has_noticed()
         logger.warning("%d handoffs of a front end that left are released", len(handoffs))
         await self._release(handoffs)
 
@@ -326,9 +278,7 @@ class EngineWorker:
 
     def _forget(self, leg_id: str) -> None:
         self._pulls.over(leg_id)
-        front_end = self._owner.pop(leg_id, None)
-        if front_end is not None and (peer := self._peers.get(front_end)) is not None:
-            peer.legs.discard(leg_id)
+        self._peers.over(leg_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kv_transfer.engine import EngineFacts
 from kv_transfer.load import News
-from kv_transfer.worker import FRONT_END_SILENCE_S
+from kv_transfer.peers import FRONT_END_SILENCE_S
 from runtime.stream_reader import StreamReader, told_to_stop
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import pytest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput
 
+from kv_transfer import peers
 from kv_transfer import worker as worker_module
 from runtime import fleet as fleet_module
 from runtime import link as link_module
@@ -31,7 +32,7 @@ SEEDS = [int(os.environ["BATON_CHAOS_SEED"])] if "BATON_CHAOS_SEED" in os.enviro
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Silence and lost links are noticed sooner than in earnest, and output streams follow each other sooner."""
     monkeypatch.setattr(worker_module, "STREAM_MESSAGES", 20)
-    monkeypatch.setattr(worker_module, "FRONT_END_SILENCE_S", 1.0)
+    monkeypatch.setattr(peers, "FRONT_END_SILENCE_S", 1.0)
     monkeypatch.setattr(link_module, "HEARTBEAT_S", 0.2)
     monkeypatch.setattr(fleet_module, "RECONNECT_S", 0.05)
 
@@ -214,9 +215,9 @@ async def test_a_link_breaks_during_a_pull(make: Callable[..., Any]) -> None:
     fabric, front_end, decode, running = await hung_pull(make)
     prefill = fabric.pools["prefill"][0]
     link = front_end.cluster.fleet.link(prefill.engine.facts.engine_id)
-    (pulls,) = decode._owner
+    (pulls,) = decode._peers.owners
     link.close("for the test")
-    while pulls in decode._owner:
+    while pulls in decode._peers.owners:
         assert prefill.simulated.state()["handoffs"], "its blocks are there as long as anybody may read them"
         await asyncio.sleep(0.001)
     assert await running == answer(list(range(500)), 20)

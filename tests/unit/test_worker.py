@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from vllm.v1.engine import EngineCoreRequest
 
-from kv_transfer import worker as worker_module
+from kv_transfer import peers
 from kv_transfer.handoff import release_leg
 from kv_transfer.peer import NoStream
 from kv_transfer.worker import EngineWorker
@@ -49,12 +49,14 @@ async def test_a_front_end_leaves_while_the_engine_takes_its_legs(
     worker: EngineWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The leg that is being taken is aborted, those after it never begin, and what was to be settled is released."""
-    monkeypatch.setattr(worker_module, "FRONT_END_SILENCE_S", 0.02)
+    monkeypatch.setattr(peers, "FRONT_END_SILENCE_S", 0.02)
     engine_id = worker.engine.facts.engine_id
     stream = worker.outputs(engine_id, TOKEN, "front-end")
     await anext(stream)
     pinned = handoff("pinned", engine_id)
-    worker._peers["front-end"].handoffs["pinned"] = pinned.params
+    peer = worker._peers.get("front-end")
+    assert peer is not None
+    peer.handoffs["pinned"] = pinned.params
     engine = SlowEngine(worker, monkeypatch)
     commands: list[Any] = [new_request("a"), new_request("b"), release_leg(pinned)]
     exchange = asyncio.create_task(worker.exchange(engine_id, TOKEN, "front-end", commands, ["pinned"], {}))
@@ -70,7 +72,7 @@ async def test_a_front_end_leaves_while_the_engine_takes_its_legs(
     while len(engine.given) < 3:
         await asyncio.sleep(0.01)
     assert engine.given[2] == "pinned-release"
-    assert worker._owner == {}
+    assert worker._peers.owners == {}
 
 
 async def test_a_task_that_fails_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
