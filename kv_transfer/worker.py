@@ -17,11 +17,11 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kv_transfer.engine import Engine, EngineDied, start_engine
+from kv_transfer.engine_watch import EngineWatch
 from kv_transfer.handoff import Handoff, kv_params, release_leg
 from kv_transfer.load import PERIOD_S, Meter, News
 from kv_transfer.peer import NoStream, Peer, WrongApplication, WrongIncarnation
 from kv_transfer.peers import Peers, everybody_has_noticed
-from kv_transfer.pull_watch import PullWatch
 from kv_transfer.self_measurement import measure
 from kv_transfer.settings import EngineSettings
 from kv_transfer.worker_endpoint import WorkerMetrics
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
     """What a front end sends: a leg to run, or the ids of legs to abort."""
 
 logger = logging.getLogger("baton.worker")
-
-
-HANG_CHECKS = 10
-"""How often in `EngineSettings.hang_s` an engine that has work is looked at, and in `pull_timeout_s` its pulls."""
 
 
 MESSAGE_S = 0.002
@@ -57,11 +53,10 @@ class EngineWorker:
         self._peers = Peers()
         self._token = ""
         self._meter: Meter
+        self._watch: EngineWatch
         self._dead: str | None = None
         self._metrics: WorkerMetrics | None = None
         self._start_s: dict[str, float] = {}
-        self._stepped = time.monotonic()
-        self._pulls = PullWatch(0.0)
         self._counts: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -76,13 +71,20 @@ class EngineWorker:
         started = time.monotonic()
         self._token = settings.token
         self._engine = await start_engine(settings)
-        self._pulls = PullWatch(settings.pull_timeout_s)
         self._meter = Meter(self.engine.facts.num_blocks, self.engine.facts.max_step_tokens or 0)
         await measure(self.engine, self._meter.costs)
+        self._watch = EngineWatch(
+            self.engine,
+            settings.hang_s,
+            settings.pull_timeout_s,
+            has_work=lambda: bool(self._peers.owners),
+            on_hang=self._hangs,
+            give_up=self._give_up,
+        )
         self._spawn(self._hand_out())
         self._spawn(self._peers.drop_silent())
-        self._spawn(self._notice_hang(settings.hang_s))
-        self._spawn(self._watch_handoffs(settings.pull_timeout_s / HANG_CHECKS))
+        self._spawn(self._watch.watch_steps())
+        self._spawn(self._watch.watch_handoffs())
         self._spawn(self._tell_load())
         self._start_s["engine"] = time.monotonic() - started
         logger.info("%s engine %s up in %.1f s", settings.role, self.engine.facts.engine_id, self._start_s["engine"])
@@ -115,7 +117,7 @@ class EngineWorker:
             if not command.abort_immediately:  # a release produces nothing that anybody waits for
                 self._peers.took(command.request_id, front_end, peer)
                 if kv_params(command).get("do_remote_prefill"):
-                    self._pulls.came(command.request_id)
+                    self._watch.pulls.came(command.request_id)
                 self._meter.took(command, expected.get(command.request_id), time.monotonic())
             await self.engine.add(command)
         for leg_id in settled:  # last: their releases are among the commands
@@ -192,12 +194,13 @@ class EngineWorker:
         try:
             while True:
                 outputs = await self.engine.outputs()
-                self._stepped = time.monotonic()
+                now = time.monotonic()
+                self._watch.stepped(now)
                 if self._metrics is not None:
                     self._metrics.stepped(outputs)
-                self._meter.stepped(outputs, self._stepped)
+                self._meter.stepped(outputs, now)
                 for output in outputs.outputs:
-                    self._pulls.over(output.request_id)
+                    self._watch.pulls.over(output.request_id)
                 for params in self._peers.hand_out(outputs):
                     self._spawn(self._release([params]))
         except asyncio.CancelledError:
@@ -214,32 +217,12 @@ class EngineWorker:
     def _die(self, why: str) -> None:
         self._dead = why
         logger.error("engine %s died: %s", self.engine.facts.engine_id, why)
+        self._watch.end()
         self._peers.end()
 
-    async def _notice_hang(self, hang_s: float) -> None:
-        """Take an engine that has had work all the time, and made no step with it, for dead."""
-        period = hang_s / HANG_CHECKS
-        while self._dead is None:
-            slept = time.monotonic()
-            await asyncio.sleep(period)
-            self._stepped += max(0.0, time.monotonic() - slept - 2 * period)  # this process stood still, not the engine
-            if not self._peers.owners:
-                self._stepped = time.monotonic()
-            elif time.monotonic() - self._stepped > hang_s:
-                self._die(f"no step for {hang_s:g} s although it has work")
-                self.engine.shutdown()
-
-    async def _watch_handoffs(self, period_s: float) -> None:
-        """Give up pulls that hang, and tell of leases that ran out: each was a handoff that nobody settled."""
-        expired = 0
-        while self._dead is None:
-            await asyncio.sleep(period_s)
-            state = await self.engine.call("state")
-            if (count := state.get("leases_expired", 0)) > expired:
-                logger.warning("%d leases ran out", count - expired)
-                expired = count
-            for leg_id in self._pulls.look(state.get("fetching", 0), time.monotonic()):
-                await self._give_up(leg_id)
+    def _hangs(self, why: str) -> None:
+        self._die(why)
+        self.engine.shutdown()
 
     async def _give_up(self, leg_id: str) -> None:
         """End a leg whose pull hangs, as if it had failed. The engine keeps its blocks until the transfer is over."""
@@ -277,7 +260,7 @@ class EngineWorker:
             await self._engine.abort(leg_ids)
 
     def _forget(self, leg_id: str) -> None:
-        self._pulls.over(leg_id)
+        self._watch.pulls.over(leg_id)
         self._peers.over(leg_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
