@@ -32,13 +32,13 @@ from runtime.account import Account
 from runtime.brain import Brain
 from runtime.client_view import ClientView
 from runtime.demo_model import demo_model_dir
-from runtime.fleet import State
 from runtime.fleet_metrics import FleetMetrics
 from runtime.policy.pool import Pool
 from runtime.policy.scaling_records import PoolBounds, ScalingSettings
 from runtime.policy.types import Snapshot
 from runtime.pool_metrics import PoolMetrics
 from runtime.reports import report
+from runtime.worker import State
 
 SCRAPE_S, REPORT_S = 15.0, 1.0
 """How often Prometheus asks, by the usual settings, and how often a front end reports."""

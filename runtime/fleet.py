@@ -8,21 +8,21 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kv_transfer.engine import EngineFacts
 from kv_transfer.handoff import Handoff
 from kv_transfer.load import News
 from kv_transfer.nixl import IncompatibleEngines, check_compatible
-from runtime.account import Account, Charge
+from runtime.account import Charge
 from runtime.engine_board import subscribe
 from runtime.link import Link
 from runtime.metrics import SET_ASIDE, WORKERS_LOST
 from runtime.policy.pool import Pool
 from runtime.policy.types import Snapshot
 from runtime.stream_reader import StreamReader
+from runtime.worker import State, Worker
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("baton.fleet")
 
-
-FAILURES_IN_A_ROW = 3
-"""So many requests that failed on a worker, with none between that worked, and it is set aside. One request that fails
-wherever it goes counts once."""
 
 RECONNECT_S = 1.0
 """Pause before a lost link to a worker that is still announced is made anew; doubled each time that it did not last."""
@@ -53,37 +49,6 @@ EVENTS_KEPT = 20
 
 HANDOFF_MEMORY = 64.0
 """The usual time of a message counts 1/e after so many news."""
-
-
-class State(Enum):
-    """Where a worker is in its life, to one front end."""
-
-    CONNECTING = "connecting"
-    WARMING = "warming"
-    READY = "ready"
-    REFUSED = "refused"
-    DRAINING = "draining"
-
-
-_PHASE_ENDS = {State.WARMING: "connect", State.READY: "warm"}
-"""Phases of a worker's start that end with a change of its state to a front end."""
-
-
-@dataclass(eq=False)
-class Worker:
-    """One worker and this front end's work on it."""
-
-    link: Link
-    state: State = State.CONNECTING
-    failures: set[str] = field(default_factory=set)  # requests that failed, with none between that worked
-    since: float = field(default_factory=time.monotonic)  # of its state
-    start_s: dict[str, float] = field(default_factory=dict)  # seconds of the phases that this front end sees
-    account: Account = field(init=False)
-    linked: float = field(default_factory=time.monotonic)
-    out_of_time: asyncio.TimerHandle | None = None  # set while it drains
-
-    def __post_init__(self) -> None:
-        self.account = Account(self.link.facts)
 
 
 class Fleet:
@@ -208,17 +173,14 @@ class Fleet:
 
     def failed(self, engine_id: str, request_id: str) -> None:
         """Count a failure; after some in a row the worker is set aside until it is warmed anew."""
-        if worker := self.workers.get(engine_id):
-            worker.failures.add(request_id)
-            if len(worker.failures) >= FAILURES_IN_A_ROW and worker.state is State.READY:
-                worker.failures.clear()
-                SET_ASIDE.labels(role=worker.link.facts.role).inc()
-                self.set_state(worker, State.WARMING)
+        if (worker := self.workers.get(engine_id)) and worker.failed(request_id):
+            SET_ASIDE.labels(role=worker.link.facts.role).inc()
+            self.set_state(worker, State.WARMING)
 
     def worked(self, engine_id: str) -> None:
         """Note a leg that worked."""
         if worker := self.workers.get(engine_id):
-            worker.failures.clear()
+            worker.worked()
 
     def settled(self, handoff: Handoff) -> None:
         """Tell the prefill worker of a handoff that nobody needs its blocks any more."""
@@ -236,10 +198,7 @@ class Fleet:
 
     def set_state(self, worker: Worker, state: State) -> None:
         """Move a worker to `state` and wake whoever waits for a change."""
-        now = time.monotonic()
-        if state in _PHASE_ENDS:
-            worker.start_s.setdefault(_PHASE_ENDS[state], now - worker.since)
-        worker.state, worker.since = state, now
+        worker.enter(state)
         self._note(worker.link.facts, state.value)
         logger.info("%s worker %s is %s", worker.link.facts.role, worker.link.facts.engine_id, state.value)
         self._wake()
@@ -281,15 +240,13 @@ class Fleet:
 
     def _drain(self, worker: Worker) -> None:
         """Give a worker no more work; what it has not finished in time moves elsewhere."""
-        loop = asyncio.get_running_loop()
-        worker.out_of_time = loop.call_later(self._drain_s, worker.link.close, "its time to drain is over")
+        worker.start_drain_timer(self._drain_s)
         self.set_state(worker, State.DRAINING)
         self.close_if_drained(worker.link.facts.engine_id)
 
     def _stay(self, worker: Worker) -> None:
         """Take a worker back that Ray Serve announces again: its controller had only lost sight of it."""
-        if worker.out_of_time is not None:
-            worker.out_of_time.cancel()
+        worker.stop_drain_timer()
         self.set_state(worker, State.WARMING)
 
     def _connect(self, facts: EngineFacts) -> None:
@@ -331,8 +288,7 @@ class Fleet:
     def _lost(self, link: Link, why: str) -> None:
         engine_id = link.facts.engine_id
         worker = self.workers.pop(engine_id)
-        if worker.out_of_time is not None:
-            worker.out_of_time.cancel()
+        worker.stop_drain_timer()
         # Serve goes on announcing the dead for a second: that it can't be reached again is no other loss.
         once_more = worker.state is State.CONNECTING and engine_id in self._flaps
         if worker.state is not State.DRAINING and not once_more and not self._closed:

@@ -21,7 +21,7 @@ from runtime.policy.types import Cost, Disaggregated, Plan, Refused, RequestView
 
 if TYPE_CHECKING:
     from runtime.cluster import Cluster
-    from runtime.fleet import Worker
+    from runtime.worker import Worker
 
 VERSION = 1
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from runtime.fleet import State
 from runtime.metrics import REFUSALS
 from runtime.policy.scaling_records import REASONS
 from runtime.reports import FleetStatus, WorkerReport, report
+from runtime.worker import State
 
 if TYPE_CHECKING:
     from runtime.cluster import Cluster

@@ -20,7 +20,7 @@ class WorkerReport:
 
     engine_id: str
     pool: str
-    state: str  # of `runtime.fleet.State`
+    state: str  # of `runtime.worker.State`
     queued_requests: int = 0
     queued_tokens: int = 0
     streams: int = 0

@@ -18,8 +18,8 @@ from vllm import TokensPrompt
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from runtime.cluster import Cluster
-from runtime.fleet import State, Worker
 from runtime.policy.types import Disaggregated, Local, Plan
+from runtime.worker import State, Worker
 
 if TYPE_CHECKING:
     from runtime.frontend import FrontEndLLM

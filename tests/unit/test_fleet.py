@@ -9,8 +9,9 @@ import pytest
 
 from kv_transfer.engine import EngineFacts
 from kv_transfer.ledger import Ledger
-from runtime.fleet import Fleet, State
+from runtime.fleet import Fleet
 from runtime.metrics import WORKERS_LOST
+from runtime.worker import State
 from tests.unit.test_ledger import handoff
 from tests.unit.test_link import Handle, until
 

@@ -29,12 +29,12 @@ from runtime.cache_view import CacheView
 from runtime.cli import main
 from runtime.edge import Edge
 from runtime.explain_command import table
-from runtime.fleet import State
 from runtime.insight import explain_route, placement_record
 from runtime.placement import Placement
 from runtime.policy.routing import REASONS
 from runtime.policy.types import Cost, Local, Plan, Refused, RoutingSettings, Snapshot, WorkerView
 from runtime.visit import Reception
+from runtime.worker import State
 from tests.conftest import ROOT
 
 FACTS = EngineFacts(
