@@ -247,7 +247,10 @@ class Fleet:
     def _stay(self, worker: Worker) -> None:
         """Take a worker back that Ray Serve announces again: its controller had only lost sight of it."""
         worker.stop_drain_timer()
-        self.set_state(worker, State.WARMING)
+        if worker.link.up.is_set():
+            self._take_in(worker)
+        else:
+            self.set_state(worker, State.CONNECTING)
 
     def _connect(self, facts: EngineFacts) -> None:
         link = Link(
@@ -267,8 +270,11 @@ class Fleet:
 
     async def _await_stream(self, worker: Worker) -> None:
         await worker.link.up.wait()
-        if worker.link.lost is not None:
-            return
+        if worker.link.lost is None and worker.state is State.CONNECTING:  # not drained meanwhile
+            self._take_in(worker)
+
+    def _take_in(self, worker: Worker) -> None:
+        """Have a worker with a link warmed, unless it could not exchange KV with the other pool."""
         if problem := self._incompatible(worker.link.facts):
             logger.error("worker %s refused: %s", worker.link.facts.engine_id, problem)
             self.set_state(worker, State.REFUSED)
