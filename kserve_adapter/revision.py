@@ -11,6 +11,7 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import ray
@@ -65,6 +66,8 @@ class Revision:
         self._node: RayNode | None = None
         self._handles: dict[str, DeploymentHandle] = {}
         self._given_up = threading.Event()
+        # Of its own: Ray's processes get a SIGKILL when the thread ends that started them.
+        self._thread = ThreadPoolExecutor(1, "baton-ray")
         self._in_thread: asyncio.Future[Any] | None = None
         self._heart: asyncio.Task[None] | None = None
 
@@ -86,7 +89,7 @@ class Revision:
 
     async def _uncancelled(self, work: Callable[..., object], *args: Any) -> None:
         """Work in a thread, which can't be cancelled: `close` waits for it where this is."""
-        self._in_thread = asyncio.ensure_future(asyncio.to_thread(work, *args))
+        self._in_thread = asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         await asyncio.shield(self._in_thread)
 
     async def _deployed(self) -> dict[str, DeploymentHandle]:
@@ -142,11 +145,11 @@ class Revision:
     def leave_cluster(self) -> None:
         """Leave the cluster, or end it where it is this process's own. In the main thread, after the event loop."""
         if ray.is_initialized():
+            if self._address is None:
+                serve.shutdown()
             # Routers outlive Ray's shutdown and report every few seconds, for which Ray would start a cluster anew.
             for handle in self._handles.values():
                 handle.shutdown()
-            if self._address is None:
-                serve.shutdown()
             ray.shutdown()
         if self._node is not None:
             self._node.stop()

@@ -220,6 +220,7 @@ def ray_cluster() -> Iterator[RayCluster]:
             process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
         wait_for(lambda: not marked(mark), 20)
         kill_marked(mark)
         shutil.rmtree(folder, ignore_errors=True)

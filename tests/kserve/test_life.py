@@ -21,6 +21,8 @@ simulated = pytest.mark.skipif(REAL, reason="says nothing about engines: run it 
 
 SLOW = SETTINGS if REAL else {**SETTINGS, "simulator": {"step_base_s": 0.05}}
 TOKENS = 150
+SOON_S = 50.0
+"""A stream of so many tokens, and what a cluster takes to end in good order; a minute more where it was killed first."""
 
 
 class Stream(threading.Thread):
@@ -92,7 +94,9 @@ def test_a_predictor_of_its_own(folder: Path) -> None:
         refuses_while_starting(running)
         running.wait_until_ready()
         is_not_ready_without_decode_workers(running)
+        began = time.monotonic()
         drains(running)
+        assert time.monotonic() - began < SOON_S, running.told()
 
 
 @simulated

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from typing import Any
 
@@ -14,6 +13,7 @@ import openai
 import pytest
 from kserve import InferenceGRPCClient, InferenceRESTClient, InferInput, InferRequest
 from kserve.inference_client import RESTConfig
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import MODEL, wait_for
 from tests.kserve.conftest import KEY, Predictor
@@ -201,9 +201,6 @@ def test_a_client_that_leaves_takes_its_work_along(embedded: Predictor, path: st
 
 def aborted(embedded: Predictor) -> float:
     """Requests that ended because their client had left."""
-    done = re.findall(
-        r'^vllm:request_success_total\{.*finished_reason="abort".*\} (\S+)$',
-        embedded.client.get("/metrics").text,
-        re.MULTILINE,
-    )
-    return sum(map(float, done))
+    families = text_string_to_metric_families(embedded.client.get("/metrics").text)
+    samples = (sample for family in families for sample in family.samples if sample.name == "baton_requests_total")
+    return sum(sample.value for sample in samples if sample.labels["outcome"] == "aborted")
