@@ -22,7 +22,7 @@ simulated = pytest.mark.skipif(REAL, reason="says nothing about engines: run it 
 SLOW = SETTINGS if REAL else {**SETTINGS, "simulator": {"step_base_s": 0.05}}
 TOKENS = 150
 SOON_S = 50.0
-"""A stream of so many tokens, and what a cluster takes to end in good order; a minute more where it was killed first."""
+"""A stream of so many tokens, and a cluster that ends in good order; one that is killed takes a minute more."""
 
 
 class Stream(threading.Thread):
