@@ -15,7 +15,8 @@ import yaml
 from kserve_adapter.manifest.presets import PRESETS, config
 from kserve_adapter.manifest.render import render
 from tests.conftest import ROOT
-from tests.deploy.rules import broken, of
+from tests.deploy.objects import of
+from tests.deploy.rules import broken
 from tests.deploy.schemas import CRDS, is_custom, problems
 
 CHART = ROOT / "deploy/chart"

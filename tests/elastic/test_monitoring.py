@@ -17,7 +17,7 @@ from kserve_adapter.manifest.render import render
 from runtime.config_file import parse
 from runtime.metric_reference import VLLM, families, series_of
 from tests.conftest import Server, wait_for
-from tests.deploy.rules import queries
+from tests.deploy.rules.scaling import queries
 from tests.elastic.test_elastic import REAL_ENGINES_ONLY, WITH_A_GPU_ONLY
 from tests.monitoring import Monitoring, monitored, needs_servers
 

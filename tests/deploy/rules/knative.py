@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from tests.deploy.mutation import RUNTIME, Mutations, put
+from tests.deploy.objects import PREDICTORS_OWN, Objects, Rule, in_knative_mode, pod_templates
+
 
 def names(text: str) -> frozenset[str]:
     """Names of fields, written with spaces between them."""
@@ -69,3 +72,60 @@ def _within(container: dict[str, Any], read_only: set[str]) -> Iterator[str]:
 
 def _others(what: str, part: dict[str, Any], known: frozenset[str]) -> Iterator[str]:
     yield from (f"{what} may not have `{field}`" for field in part if field not in known)
+
+
+def knative_would_agree(objects: Objects) -> Iterator[str]:
+    """The rules of Knative's webhook: most of a pod's fields need a feature flag that is off by default."""
+    if not in_knative_mode(objects):
+        return
+    for name, spec, labels in pod_templates(objects):
+        if labels["baton-part"] == "predictor":
+            pod = {key: value for key, value in spec.items() if key not in PREDICTORS_OWN}
+            yield from (f"{name}: to Knative, {problem}" for problem in refused(pod))
+
+
+RULES: tuple[Rule, ...] = (knative_would_agree,)
+MUTATIONS: Mutations = {
+    "a pod's security, which Knative refuses": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.securityContext", {"fsGroup": 1000}),
+    ),
+    "constraints that Knative refuses": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.topologySpreadConstraints", []),
+    ),
+    "nodes that Knative lets nobody choose": (
+        "knative-kuberay canary",
+        put("InferenceService", "spec.predictor.nodeSelector", {"x": "y"}),
+    ),
+    "a runtime's field that Knative refuses": ("knative-kuberay", put("ServingRuntime", "spec.tolerations", [])),
+    "a node's directory, which Knative refuses": (
+        "knative embedded",
+        put("InferenceService", "spec.predictor.volumes.1", {"name": "model-cache", "hostPath": {"path": "/x"}}),
+    ),
+    "a ConfigMap that Knative lets nobody write": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.model.volumeMounts.0.readOnly", False),
+    ),
+    "a volume for nobody": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.volumes.3", {"name": "idle", "emptyDir": {}}),
+    ),
+    "a token of the API server": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.automountServiceAccountToken", True),
+    ),
+    "a capability that Knative refuses": (
+        "knative-kuberay",
+        put("ServingRuntime", f"{RUNTIME}.securityContext.capabilities.add", ["IPC_LOCK"]),
+    ),
+    "a variable from the pod's fields": (
+        "knative-kuberay",
+        put("ServingRuntime", f"{RUNTIME}.env.0.valueFrom", {"fieldRef": {"fieldPath": "status.podIP"}}),
+    ),
+    "a probe of an init container": (
+        "knative-kuberay",
+        put("InferenceService", "spec.predictor.initContainers.0.startupProbe", {"exec": {"command": ["true"]}}),
+    ),
+    "a second port": ("knative-kuberay", put("ServingRuntime", f"{RUNTIME}.ports.1", {"containerPort": 8081})),
+}
