@@ -90,7 +90,7 @@ def drains(running: Predictor) -> None:
 
 def test_a_predictor_of_its_own(folder: Path) -> None:
     """Everything in one pod: starting, without its decode worker, draining, and nothing is left."""
-    with predictor(folder, SLOW, "--grace_period", "120") as running:
+    with predictor(folder, SLOW, "--grace_period", "120") as running:  # which fails if a process is left behind
         refuses_while_starting(running)
         running.wait_until_ready()
         is_not_ready_without_decode_workers(running)

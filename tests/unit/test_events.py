@@ -120,6 +120,14 @@ async def until(check: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+async def publish_until(check: Callable[[], bool], worker: Publisher, *events: Any) -> None:
+    """Publish the same again and again, until the subscription is up and something has come true."""
+    async with asyncio.timeout(10):
+        while not check():
+            worker.publish(*events)
+            await asyncio.sleep(0.05)
+
+
 async def stop(task: asyncio.Task[None]) -> None:
     """End a feed."""
     task.cancel()
@@ -135,10 +143,8 @@ async def test_feed_replays_what_was_before_and_follows(publishers: list[Publish
     feed = EventFeed(index, "w", worker.endpoint, worker.replay_endpoint)
     task = asyncio.create_task(feed.run())
     await until(lambda: held(index) == 8)
-    worker.publish(store(2, 3))
-    await asyncio.sleep(0.3)  # not to be missed: either the subscription is up by now, or the next one shows the gap
-    worker.publish(store(3, 4))
-    await until(lambda: held(index) == 16)
+    worker.publish(store(2, 3))  # if the subscription is not up yet, the next one shows the gap
+    await publish_until(lambda: held(index) == 16, worker, store(3, 4))
     worker.publish(remove(0))
     await until(lambda: held(index) == 0)
     assert feed.gaps == 0
@@ -155,11 +161,13 @@ async def test_gap_that_replay_fills(publishers: list[Publisher]) -> None:
     feed = EventFeed(index, "w", worker.endpoint, worker.replay_endpoint)
     task = asyncio.create_task(feed.run())
     await until(lambda: held(index) == 4)
-    for number in range(1, 5):
+    await publish_until(lambda: held(index) == 8, worker, store(1, 2))
+    missed = feed._next
+    for number in range(2, 5):
         worker.publish(store(number, number + 1))
-    await asyncio.sleep(0.5)
-    feed._next = 1  # as if the last four had not come
-    index.remove("w", [f"h{number}".encode() for number in range(1, 5)])
+    await until(lambda: held(index) == 20)
+    feed._next = missed  # as if the last three had not come
+    index.remove("w", [f"h{number}".encode() for number in range(2, 5)])
     worker.publish(store(5, 6))
     await until(lambda: held(index) == 24)
     assert feed.gaps == 0
@@ -173,10 +181,7 @@ async def test_gap_that_cannot_be_filled(publishers: list[Publisher], replay: bo
     index = PrefixIndex(B)
     feed = EventFeed(index, "w", worker.endpoint, worker.replay_endpoint)
     task = asyncio.create_task(feed.run())
-    deadline = time.monotonic() + 10
-    while not held(index) and time.monotonic() < deadline:  # until the subscription is up
-        worker.publish(AllBlocksCleared(), store(0, 3))
-        await asyncio.sleep(0.05)
+    await publish_until(lambda: held(index) == 12, worker, AllBlocksCleared(), store(0, 3))
     worker.lose(3)
     worker.publish(store(0, 2))
     await until(lambda: held(index) == 8)
@@ -199,7 +204,18 @@ async def test_unreadable_batch(publishers: list[Publisher]) -> None:
     await stop(task)
 
 
-async def test_publisher_that_does_not_replay() -> None:
+async def test_publisher_that_does_not_replay(publishers: list[Publisher], caplog: pytest.LogCaptureFixture) -> None:
     """A dead replay socket costs its time limit, once, and the feed goes on."""
-    feed = EventFeed(PrefixIndex(B), "w", "tcp://127.0.0.1:9", "tcp://127.0.0.1:9", replay_timeout_s=0.1)
-    await asyncio.wait_for(feed._replay(0), 5)
+    publishers.append(worker := Publisher(replay=False))
+    index = PrefixIndex(B)
+    nobody = f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
+    feed = EventFeed(index, "w", worker.endpoint, nobody, replay_timeout_s=0.2)
+    task, started = asyncio.create_task(feed.run()), time.monotonic()
+    await publish_until(lambda: held(index) == 12, worker, store(0, 3))
+    assert time.monotonic() - started >= 0.2
+    worker.publish(store(3, 4))
+    await until(lambda: held(index) == 16)
+    assert feed.gaps == 0
+    told = [record.getMessage() for record in caplog.records if record.name == "baton.events"]
+    assert told == ["worker w does not replay its events"]
+    await stop(task)

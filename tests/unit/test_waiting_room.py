@@ -377,8 +377,9 @@ async def test_what_waits_is_shown(house: House) -> None:
     """Requests and tokens by class, zero when the room is empty again."""
     await house.run("a")
     waiting = house.start("b", tokens=70, level=LOW)
-    await asyncio.sleep(0.06)
-    assert REGISTRY.get_sample_value("baton_waiting_requests", {"priority": "low"}) == 1
+    async with asyncio.timeout(10):
+        while REGISTRY.get_sample_value("baton_waiting_requests", {"priority": "low"}) != 1:
+            await asyncio.sleep(0.01)
     assert REGISTRY.get_sample_value("baton_waiting_tokens", {"priority": "low"}) == 70
     house.finish()
     await waiting
