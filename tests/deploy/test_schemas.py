@@ -10,12 +10,7 @@ import pytest
 
 from tests.deploy.mutation import RUNTIME, WORKERS, Mutations, put
 from tests.deploy.rendered import SETS, fresh
-from tests.deploy.schemas import CRDS, is_custom, problems
-
-needs_crds = pytest.mark.skipif(
-    not CRDS.is_dir(),
-    reason="BATON_CRDS names no folder with the CRDs of KServe, KubeRay, KEDA, Gateway API and Prometheus",
-)
+from tests.deploy.schemas import CRDS, is_custom, needs_crds, problems
 
 
 @pytest.mark.parametrize("name", SETS)

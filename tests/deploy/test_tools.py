@@ -17,7 +17,7 @@ from kserve_adapter.manifest.render import render
 from tests.conftest import ROOT
 from tests.deploy.objects import of
 from tests.deploy.rules import broken
-from tests.deploy.schemas import CRDS, is_custom, problems
+from tests.deploy.schemas import is_custom, needs_crds, problems
 
 CHART = ROOT / "deploy/chart"
 NEW = {"name": "my-llm", "image": "registry.example.org/baton:9", "modelUri": "hf://me/model:abc"}
@@ -46,10 +46,16 @@ def helm(preset: str, *options: str) -> list[dict[str, Any]]:
 
 
 def check(objects: list[dict[str, Any]]) -> None:
-    """By schema and by rule."""
-    known = [item for item in objects if not is_custom(item) or CRDS.is_dir()]
-    assert not [problem for item in known for problem in problems(item)]
+    """Kubernetes' own kinds by schema, all by rule."""
+    assert not [problem for item in objects if not is_custom(item) for problem in problems(item)]
     assert not broken(objects)
+
+
+def check_custom_kinds(objects: list[dict[str, Any]]) -> None:
+    """The others by the projects' CRDs."""
+    checked = [item for item in objects if is_custom(item)]
+    assert len(checked) > 3
+    assert not [problem for item in checked for problem in problems(item)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -64,11 +70,22 @@ def test_the_chart(preset: str) -> None:
     assert "example-" not in text and all(value in text for value in NEW.values())
 
 
+@needs_crds
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_charts_custom_kinds(preset: str) -> None:
+    """As above, by the projects' own CRDs."""
+    check_custom_kinds(helm(preset))
+
+
 def test_the_charts_patches() -> None:
-    """A value of `patches` is merged over the objects of its kind."""
+    """A value of `patches` is merged over the objects of its kind, and over no others."""
     objects = helm("standard-keda", "--set=patches.PodDisruptionBudget.spec.maxUnavailable=2")
     assert {item["spec"]["maxUnavailable"] for item in of(objects, "PodDisruptionBudget")} == {2}
     check(objects)
+    others = [
+        [item for item in made if item["kind"] != "PodDisruptionBudget"] for made in (objects, helm("standard-keda"))
+    ]
+    assert others[0] == others[1]
 
 
 @pytest.mark.parametrize("value", ["preset=other", "name=Not-A-Name", "modelUrl=x"])
@@ -80,13 +97,25 @@ def test_the_chart_refuses_wrong_values(value: str) -> None:
     assert done.returncode != 0
 
 
+def overlay(preset: str) -> list[dict[str, Any]]:
+    """An overlay's objects."""
+    text = run(tool("kubectl"), "kustomize", str(ROOT / "deploy/kustomize" / preset))
+    return [item for item in yaml.safe_load_all(text) if item]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_overlays(preset: str) -> None:
     """Each overlay builds, in its namespace, and is valid."""
-    text = run(tool("kubectl"), "kustomize", str(ROOT / "deploy/kustomize" / preset))
-    objects = [item for item in yaml.safe_load_all(text) if item]
+    objects = overlay(preset)
     check(objects)
     assert {item["metadata"].get("namespace") for item in of(objects, "ConfigMap", "InferenceService")} == {"models"}
+
+
+@needs_crds
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_overlays_custom_kinds(preset: str) -> None:
+    """As above, by the projects' own CRDs."""
+    check_custom_kinds(overlay(preset))
 
 
 def test_every_preset_has_an_overlay() -> None:
