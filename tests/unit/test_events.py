@@ -10,8 +10,6 @@ from typing import Any
 
 import msgspec
 import pytest
-
-pytest.importorskip("vllm")
 from vllm.distributed.kv_events import (
     AllBlocksCleared,
     BlockRemoved,

@@ -9,13 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-
-pytest.importorskip("vllm")
-from prometheus_client import REGISTRY
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
