@@ -196,8 +196,7 @@ async def test_unreadable_batch(publishers: list[Publisher]) -> None:
     task = asyncio.create_task(feed.run())
     await until(lambda: held(index) == 12)
     worker.publish({"type": "BlockTeleported"})
-    worker.publish(store(0, 1))
-    await until(lambda: held(index) == 4)
+    await publish_until(lambda: held(index) == 4, worker, store(0, 1))
     assert feed.gaps == 1
     await stop(task)
 
