@@ -44,7 +44,8 @@ test-elastic-engine: ## real vLLM engines that scale: from 1+1 to 2 decode worke
 chaos: ## deaths, hangs, lost messages: in one process, on real Ray, and bad bodies; BATON_CHAOS_SEED replays
 	@echo "== chaos"
 	@$(PY) -m pytest tests/chaos/test_in_process.py tests/chaos/test_admission.py tests/chaos/test_refusals.py \
-	  tests/chaos/test_network.py tests/fuzz tests/chaos/test_ray.py tests/chaos/test_drain.py -q -rP --show-capture=stdout
+	  tests/chaos/test_network.py tests/chaos/test_front_ends.py tests/fuzz tests/chaos/test_ray.py \
+	  tests/chaos/test_drain.py -q -rP --show-capture=stdout
 
 chaos-engine: ## kills of real vLLM engines, ten of each kind: takes an hour; BATON_CHAOS_KILLS for fewer
 	@$(PY) -m pytest tests/chaos/test_engine.py -q -s
