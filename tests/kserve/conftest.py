@@ -21,6 +21,7 @@ import httpx
 import pytest
 import yaml
 
+from runtime.grace import NODE_VARIABLE
 from runtime.serving import LOOPBACK
 from tests.conftest import MARK, MODEL, ROOT, free_port, marked, ray_address, wait_for
 
@@ -201,6 +202,7 @@ def ray_cluster() -> Iterator[RayCluster]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "PYTHONPATH": str(ROOT),
         "RAY_process_group_cleanup_enabled": "1",
+        NODE_VARIABLE: "0",  # nothing is to be saved at its end
         MARK: mark,
     }
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
