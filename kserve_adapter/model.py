@@ -19,6 +19,8 @@ from kserve.errors import InvalidInput
 from kserve.protocol.infer_type import to_http_parameters
 from starlette.types import ASGIApp
 
+from kserve_adapter.whole_request import HeedsCancel
+
 INPUT, OUTPUT = "text_input", "text_output"
 
 PARAMETERS = frozenset(
@@ -69,7 +71,7 @@ class BatonModel(Model):  # type: ignore[misc]  # KServe is untyped
         """Serve through this front end from now on; `fleet.ready()` says whether both pools can serve."""
         self._asgi, self._fleet = asgi, fleet
         self._client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app=asgi), base_url="http://front-end", timeout=httpx.Timeout(None)
+            transport=httpx.ASGITransport(app=HeedsCancel(asgi)), base_url="http://front-end", timeout=httpx.Timeout(None)
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -64,3 +65,33 @@ class WholeRequest:
         finally:
             watcher.cancel()
             work.cancel()
+
+
+class HeedsCancel:
+    """Tells the app that its client has left when the call is cancelled: vLLM's routes heed nothing else. Plain ASGI."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve; a cancelled call ends once the app has."""
+        gone = asyncio.Event()
+
+        async def receive_while_there() -> Message:
+            if gone.is_set():
+                return {"type": "http.disconnect"}
+            waits: set[asyncio.Future[Any]] = {asyncio.ensure_future(receive()), asyncio.ensure_future(gone.wait())}
+            try:
+                (first, *_), _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                return {"type": "http.disconnect"} if gone.is_set() else first.result()
+            finally:
+                for each in waits:
+                    each.cancel()
+
+        work = asyncio.ensure_future(self._app(scope, receive_while_there, send))
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            gone.set()
+            await asyncio.gather(work, return_exceptions=True)
+            raise

@@ -215,3 +215,27 @@ async def test_work_ends_with_its_client() -> None:
     async with asyncio.timeout(5):
         assert await run(WholeRequest(app, 10), "/v2/models/m/infer", [b"{}"], leaves=True) == []
     assert ended.is_set()
+
+
+async def test_a_prediction_that_is_cancelled_ends_its_work() -> None:
+    """vLLM's routes run their work in a task of its own, which ends when the client leaves and by nothing else."""
+    begun, left = asyncio.Event(), asyncio.Event()
+
+    async def complete(request: Request) -> JSONResponse:
+        await request.body()
+        begun.set()
+        work = asyncio.create_task(asyncio.sleep(60))
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        left.set()
+        work.cancel()
+        return JSONResponse(None)
+
+    made = BatonModel("m")
+    made.attach(Starlette(routes=[Route("/v1/completions", complete, methods=["POST"])]), Fleet(True))
+    prediction = asyncio.create_task(made.predict({"instances": ["x"]}))
+    await begun.wait()
+    prediction.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await prediction
+    assert left.is_set()
