@@ -71,7 +71,9 @@ class BatonModel(Model):  # type: ignore[misc]  # KServe is untyped
         """Serve through this front end from now on; `fleet.ready()` says whether both pools can serve."""
         self._asgi, self._fleet = asgi, fleet
         self._client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app=HeedsCancel(asgi)), base_url="http://front-end", timeout=httpx.Timeout(None)
+            transport=httpx.ASGITransport(app=HeedsCancel(asgi)),
+            base_url="http://front-end",
+            timeout=httpx.Timeout(None),
         )
 
     @property

@@ -68,7 +68,7 @@ class WholeRequest:
 
 
 class HeedsCancel:
-    """Tells the app that its client has left when the call is cancelled: vLLM's routes heed nothing else. Plain ASGI."""
+    """Tells an app that its client has left when a call is cancelled: vLLM's routes heed nothing else. Plain ASGI."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
