@@ -57,10 +57,10 @@ def _fetch(arguments: argparse.Namespace) -> int:
     cache = ModelCache(arguments.cache, arguments.max_bytes, arguments.keep_hours * 3600)
     try:
         model = fetch(arguments.uri, cache, with_weights=not arguments.without_weights)
-    except FetchError as error:
+        if arguments.link:
+            link(model, arguments.link)
+    except (FetchError, OSError) as error:
         print(f"baton: {error}", file=sys.stderr)
         return 1
-    if arguments.link:
-        link(model, arguments.link)
     print(model)
     return 0

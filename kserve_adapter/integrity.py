@@ -13,6 +13,9 @@ from pathlib import Path
 SUMS = "SHA256SUMS"
 """A file in the format of `sha256sum`, published with the model: the strongest check there is."""
 
+OF_NOTHING = hashlib.sha256().hexdigest()
+"""The checksum of an empty file."""
+
 INDEX = "*.safetensors.index.json"
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx")
 """Files that hold weights: a front end needs none of them."""
@@ -31,6 +34,18 @@ class Damaged(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+def inside(model: Path, name: str) -> Path:
+    """The file of a model that goes by this name.
+
+    Raises:
+        Damaged: for a name that leads out of the model's directory. Whoever published it wrote the name.
+    """
+    path = model / name
+    if not path.resolve().is_relative_to(model.resolve()):
+        raise Damaged(f"it names a file outside of itself: {name!r}")
+    return path
 
 
 def check(model: Path, *, with_weights: bool = True) -> None:
@@ -61,7 +76,10 @@ def sums(model: Path) -> dict[str, str]:
     parts = [line.split(maxsplit=1) for line in lines if line.strip()]
     if wrong := [part for part in parts if len(part) != 2 or len(part[0]) != 64]:
         raise Damaged(f"{SUMS} can't be read: {' '.join(wrong[0])[:80]!r}", (SUMS,))
-    return {name.lstrip("*").removeprefix("./"): digest.lower() for digest, name in parts}
+    found = {name.lstrip("*").removeprefix("./"): digest.lower() for digest, name in parts}
+    for name in found:
+        inside(model, name)
+    return found
 
 
 def is_weights(name: str) -> bool:
@@ -80,10 +98,10 @@ def _check_sums(model: Path, with_weights: bool) -> None:
 def _check_shards(model: Path) -> None:
     for index in model.glob(INDEX):
         try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+            shards = set(map(str, json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise Damaged(f"{index.name} can't be read: {error}", (index.name,)) from error
-        if missing := tuple(sorted(shard for shard in shards if not (model / shard).is_file())):
+        if missing := tuple(sorted(shard for shard in shards if not inside(model, shard).is_file())):
             raise Damaged(f"shards of {index.name} are missing: {', '.join(missing)}", missing)
 
 

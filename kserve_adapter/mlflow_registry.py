@@ -10,6 +10,8 @@ from urllib.parse import quote
 
 import httpx
 
+from kserve_adapter.integrity import inside
+
 API = "/api/2.0/mlflow"
 PROXY = "/api/2.0/mlflow-artifacts/artifacts"
 PROXY_SCHEME = "mlflow-artifacts:"
@@ -69,7 +71,7 @@ class MLflowRegistry:
         if not files:
             raise RegistryError(f"{uri}: there are no files")
         for path in files:
-            local = target / path.removeprefix(f"{root}/")
+            local = inside(target, path.removeprefix(f"{root}/"))
             if not local.is_file():
                 local.parent.mkdir(parents=True, exist_ok=True)
                 self._fetch(path, local)

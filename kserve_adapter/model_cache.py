@@ -68,43 +68,61 @@ class ModelCache:
         with _locked(self.root / f".{key}.lock"):
             if not target.is_dir():
                 if (known := size()) is not None:
-                    self.make_room(known)
+                    with self.room(known, key):
+                        pass  # what it takes is told again once it is here
                 partial = self.root / f".{key}.partial"
                 partial.mkdir(exist_ok=True)
                 fill(partial)
+                (partial / USED).touch()
+                _flush(partial)
                 try:
-                    self.make_room(bytes_in(partial))
+                    with self.room(bytes_in(partial), key):
+                        partial.rename(target)
                 except CacheFull:
                     shutil.rmtree(partial)
                     raise
-                (partial / USED).touch()
-                _flush(partial)
-                partial.rename(target)
             (target / USED).touch()
         return target
 
-    def make_room(self, needed: int) -> None:
-        """Remove models that nobody has asked for lately, the longest unused first, until `needed` bytes fit.
+    @contextmanager
+    def room(self, needed: int, key: str) -> Iterator[None]:
+        """Room for `needed` bytes of a model, which nobody else takes until the block ends.
+
+        For that go what fetches of other models left that were killed, then the models that nobody has asked for
+        lately, the longest unused first.
 
         Raises:
-            CacheFull: when they can't; then nothing is removed.
+            CacheFull: when there can't be room; then no model is removed.
         """
-        if self.max_bytes is None:
-            return
         with _locked(self.root / ".lock"):
-            sizes = {model: bytes_in(model) for model in self.models()}
-            room = self.max_bytes - sum(sizes.values())
-            now = time.time()
-            idle = [model for model in sizes if now - last_used(model) > self.keep_s]
-            idle.sort(key=last_used)
-            if room + sum(sizes[model] for model in idle) < needed:
-                raise CacheFull(needed, room, tuple(sorted(model.name for model in sizes if model not in idle)))
-            while room < needed:
-                model = idle.pop(0)
-                doomed = self.root / f".{model.name}.doomed"
-                model.rename(doomed)  # at once out of sight: a model is whole or not there
+            for doomed in self.root.glob(".*.doomed"):
                 shutil.rmtree(doomed)
-                room += sizes[model]
+            if self.max_bytes is not None:
+                self._make_room(self.max_bytes, needed, key)
+            yield
+
+    def _make_room(self, max_bytes: int, needed: int, key: str) -> None:
+        partials = {path: bytes_in(path) for path in self.root.glob(".*.partial") if path.name != f".{key}.partial"}
+        sizes = {model: bytes_in(model) for model in self.models()}
+        room = max_bytes - sum(sizes.values()) - sum(partials.values())
+        for partial, size in partials.items():
+            if room >= needed:
+                return
+            with _locked(partial.with_suffix(".lock"), wait=False) as mine:
+                if mine:
+                    shutil.rmtree(partial)
+                    room += size
+        now = time.time()
+        idle = [model for model in sizes if now - last_used(model) > self.keep_s]
+        idle.sort(key=last_used)
+        if room + sum(sizes[model] for model in idle) < needed:
+            raise CacheFull(needed, room, tuple(sorted(model.name for model in sizes if model not in idle)))
+        while room < needed:
+            model = idle.pop(0)
+            doomed = self.root / f".{model.name}.doomed"
+            model.rename(doomed)  # at once out of sight: a model is whole or not there
+            shutil.rmtree(doomed)
+            room += sizes[model]
 
     def models(self) -> list[Path]:
         """The complete models."""
@@ -122,14 +140,18 @@ def last_used(model: Path) -> float:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; the kernel lets it go when this one dies.
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock between processes, or tell that another one does; the kernel lets it go when this one dies.
 
     A record lock, not flock: processes that the download forks would inherit the latter and outlive a killed parent.
     """
     with path.open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def _flush(directory: Path) -> None:

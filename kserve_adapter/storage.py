@@ -67,7 +67,7 @@ def check_pinned(uri: str) -> str:
     Raises:
         FetchError: for a name without a version where the scheme has versions: a cache would keep an old one for ever.
     """
-    if re.fullmatch(r"hf://[^/]+/[^/:]+", uri):
+    if uri.startswith("hf://") and not re.fullmatch(r"hf://[^/]+/[^/:]+:[^/:]+", uri):
         raise FetchError(f"{uri}: add the revision, hf://OWNER/MODEL:REVISION, best the full commit")
     if uri.startswith("oci://") and not re.search(r"(:(?!latest$)[^/:@]+|@sha256:[0-9a-f]{64})$", uri):
         raise FetchError(f"{uri}: add a tag other than `latest`, or a digest (@sha256:…)")
@@ -87,7 +87,7 @@ def link(model: Path, name: Path) -> None:
     """Let `name` stand for a model: a symbolic link, replaced at once where there is one already."""
     name.parent.mkdir(parents=True, exist_ok=True)
     fresh = name.with_name(f".{name.name}.{os.getpid()}")
-    fresh.symlink_to(model)
+    fresh.symlink_to(model.resolve())
     fresh.replace(name)
 
 
@@ -107,6 +107,7 @@ def _fill(pinned: str, registry: MLflowRegistry | None, target: Path, with_weigh
         else:
             _download(source, target, with_weights)
         try:
+            _make_empty_files(target)
             integrity.check(target, with_weights=with_weights)
             return
         except integrity.Damaged as damage:
@@ -117,11 +118,21 @@ def _fill(pinned: str, registry: MLflowRegistry | None, target: Path, with_weigh
             logger.warning("%s: %s; fetching again", pinned, damage)
 
 
+def _make_empty_files(target: Path) -> None:
+    """Make those that the model was published with: kserve-storage leaves them out."""
+    for name, digest in integrity.sums(target).items():
+        if digest == integrity.OF_NOTHING and not (target / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).touch()
+
+
 def _download(source: str, target: Path, with_weights: bool) -> None:
     from kserve_storage import Storage  # it brings the cloud's client libraries: only where something is fetched
 
     ignored = [] if with_weights else list(integrity.WEIGHTS)
     if source.startswith("s3://"):
+        for name, _ in _objects(source):
+            integrity.inside(target, name)
         # boto3 gives a file its name when it is whole, so what has a name is not fetched again. `config.json` always
         # is: it is small, and to KServe nothing left to fetch is an error.
         for leftover in target.rglob("*"):
@@ -143,10 +154,15 @@ def _size(pinned: str, with_weights: bool) -> int | None:
     """The bytes of a model where its store can be asked."""
     if not pinned.startswith("s3://"):
         return None
+    return sum(size for name, size in _objects(pinned) if with_weights or not integrity.is_weights(name))
+
+
+def _objects(uri: str) -> list[tuple[str, int]]:
+    """Name, below the model's prefix, and size of each object of a model in an S3 store."""
     import boto3
     from kserve_storage import Storage
 
-    url = urlparse(directory(pinned))
+    url = urlparse(directory(uri))
+    prefix = url.path.lstrip("/")
     objects = boto3.resource("s3", **Storage._get_s3_client_kwargs()).Bucket(url.netloc).objects
-    found = objects.filter(Prefix=url.path.lstrip("/"))
-    return sum(item.size for item in found if with_weights or not integrity.is_weights(item.key))
+    return [(item.key.removeprefix(prefix), item.size) for item in objects.filter(Prefix=prefix)]

@@ -152,14 +152,15 @@ def test_a_model_through_the_proxy(registry: StandIn, tmp_path: Path, uri: str) 
     assert len(registry.downloads) == before
 
 
-def test_a_server_that_names_paths_outside(registry: StandIn, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["../../victim", "/{}/victim"])
+def test_a_server_that_names_paths_outside(registry: StandIn, tmp_path: Path, path: str) -> None:
     """Nothing is written outside of the cache, whatever a server lists."""
+    path = path.format(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Handler, "artifacts", lambda self, path, asked: self.answer(200, {"files": [{"path": "../../x"}]})
-        )
+        patch.setattr(Handler, "artifacts", lambda self, _, asked: self.answer(200, {"files": [{"path": path}]}))
         status, _, err = fetched("models:/m/1", tmp_path / "cache", environment(registry.url))
-    assert status == 1 and "named the path" in err
+    assert status == 1 and ("named the path" in err or "outside of itself" in err)
+    assert not list(tmp_path.rglob("victim"))
 
 
 def test_a_real_server(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
-from kserve_adapter.integrity import SUMS
+from kserve_adapter.integrity import OF_NOTHING, SUMS
 from tests.conftest import wait_for
 from tests.storage.conftest import BUCKET, Store, baton_fetch, ended, fetched, make_model, unique
 
@@ -93,6 +94,35 @@ def test_truncation_shows_without_checksums(store: Store, tmp_path: Path) -> Non
     path.write_bytes(path.read_bytes()[:-1])
     status, _, err = fetched(store.upload(model, unique("short")), tmp_path / "cache", store.env())
     assert status == 1 and "not as long as their headers say: model-0.safetensors" in err
+
+
+def test_an_empty_file(store: Store, tmp_path: Path) -> None:
+    """A model is whole with the empty files that it was published with."""
+    model = make_model(tmp_path / "model")
+    (model / "code").mkdir()
+    (model / "code" / "__init__.py").touch()
+    with (model / SUMS).open("a") as sums:
+        sums.write(f"{OF_NOTHING}  code/__init__.py\n")
+    uri = unique("empty")
+    for path in filter(Path.is_file, model.rglob("*")):
+        key = f"{uri}/{path.relative_to(model)}"
+        store.client.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes())
+    status, directory, err = fetched(f"s3://{BUCKET}/{uri}", tmp_path / "cache", store.env())
+    assert status == 0, err
+    assert (Path(directory) / "code" / "__init__.py").read_bytes() == b""
+
+
+def test_keys_that_lead_outside(store: Store, tmp_path: Path) -> None:
+    """A store may hold any key; nothing is written outside of the cache."""
+    name = unique("outside")
+    uri = store.upload(make_model(tmp_path / "model"), name)
+    try:
+        store.client.put_object(Bucket=BUCKET, Key=f"{name}/a/../../../victim", Body=b"x")
+    except ClientError:
+        pytest.skip("this store's objects are files, and it takes no such key")
+    status, _, err = fetched(uri, tmp_path / "cache", store.env())
+    assert status == 1 and "outside of itself" in err, err
+    assert not list(tmp_path.rglob("victim"))
 
 
 def test_killed_and_resumed(store: Store, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from kserve_adapter.storage import FetchError, check_pinned, directory, fetch, k
     "uri",
     [
         "hf://meta/llama",
+        "hf://meta/llama:",
+        "hf://meta/llama/",
         "oci://registry/llama",
         "oci://registry:5000/llama",
         "oci://registry/llama:latest",
@@ -151,6 +155,29 @@ def test_checksums_that_are_none(model: Path) -> None:
         check(model)
 
 
+@pytest.mark.parametrize("name", ["../../victim", "/{}/victim", "a/../../../victim"])
+@pytest.mark.parametrize("place", ["sums", "index"])
+def test_a_model_that_names_files_outside(model: Path, tmp_path: Path, name: str, place: str) -> None:
+    """Its publisher's names reach nothing outside of its directory, to check, to fetch again or to remove."""
+    name = name.format(tmp_path)
+    if place == "sums":
+        (model / SUMS).write_text(f"{'0' * 64}  {name}\n")
+    else:
+        (model / SUMS).unlink()
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(Damaged, match="outside of itself") as found:
+        check(model)
+    assert not found.value.files
+
+
+def test_a_link_leads_there_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the cache was given relative to the working directory."""
+    (tmp_path / "cache" / "m").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    link(Path("cache/m"), tmp_path / "mnt" / "models")
+    assert (tmp_path / "mnt" / "models").is_dir()
+
+
 def fill(size: int) -> object:
     """A `fill` that puts one file of `size` bytes there."""
 
@@ -210,3 +237,37 @@ def test_a_failed_fill_publishes_nothing_and_is_gone_on_with(tmp_path: Path) -> 
         cache.model("a", half)
     assert cache.models() == []
     assert {path.name for path in cache.model("a", rest).iterdir()} == {"first", "second", USED}
+
+
+def test_what_killed_fetches_left_makes_room(tmp_path: Path) -> None:
+    """It counts, and goes before any model does; not so what somebody is fetching."""
+    cache = ModelCache(tmp_path, max_bytes=200, keep_s=50)
+    age(cache.model("idle", fill(50)), 100)  # type: ignore[arg-type]
+    for name in ("killed", "held"):
+        (tmp_path / f".{name}.partial").mkdir()
+        (tmp_path / f".{name}.partial" / "weights").write_bytes(b"x" * 70)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / ".held.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with holder:
+        assert holder.stdout and holder.stdout.readline()
+        cache.model("new", fill(80))  # type: ignore[arg-type]
+        assert sorted(path.name for path in cache.models()) == ["idle", "new"]
+        assert [path.name for path in tmp_path.glob(".*.partial")] == [".held.partial"]
+        cache.model("newer", fill(50))  # type: ignore[arg-type]
+        assert sorted(path.name for path in cache.models()) == ["new", "newer"]
+        holder.communicate(b"\n")
+
+
+HOLD = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+
+
+def test_a_removal_that_was_killed_is_ended(tmp_path: Path) -> None:
+    """Half of a model that was on its way out does not keep another of its name from going."""
+    cache = ModelCache(tmp_path, max_bytes=100, keep_s=50)
+    (tmp_path / ".a.doomed").mkdir()
+    (tmp_path / ".a.doomed" / "weights").write_bytes(b"x")
+    age(cache.model("a", fill(100)), 100)  # type: ignore[arg-type]
+    cache.model("b", fill(100))  # type: ignore[arg-type]
+    assert [path.name for path in cache.models()] == ["b"]
+    assert not list(tmp_path.glob(".*.doomed"))
