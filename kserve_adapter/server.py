@@ -27,7 +27,7 @@ from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 from starlette.responses import JSONResponse
-from starlette.routing import Mount
+from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
 from kserve_adapter.model import BatonModel, NotServed
@@ -225,6 +225,8 @@ class Server(ModelServer):  # type: ignore[misc]
         if missing := [path for path in REQUIRED if path not in paths]:
             raise RuntimeError(f"the front end lacks the routes {missing}")
         self._model.attach(front_end.asgi, front_end.llm.cluster.fleet)
+        # Before KServe's own, which knows this process alone: a scrape tells of the fleet, KServe's families included.
+        app.router.routes.insert(0, Route("/metrics", front_end.asgi))
         if not self._prefix:
             app.router.routes.append(Mount("", OpenAI(self._model)))
         logger.info("ready: %s", self._model.name)

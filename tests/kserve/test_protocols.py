@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -17,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import MODEL, wait_for
 from tests.kserve.conftest import KEY, Predictor
+from tests.pools import ROLES
 
 pytestmark = pytest.mark.timeout(1200)  # the first test waits for the predictor
 
@@ -154,14 +156,16 @@ def test_routes(embedded: Predictor, method: str, path: str, body: bytes | None,
 
 
 def test_metadata_and_metrics(embedded: Predictor) -> None:
-    """v2 says what the tensors are; one scrape has KServe's, vLLM's and Baton's metrics."""
+    """v2 says what the tensors are; one scrape has KServe's, vLLM's and Baton's metrics, of front ends and workers."""
     assert embedded.client.get(f"/v2/models/{MODEL}").json()["inputs"][0]["name"] == "text_input"
     assert embedded.client.get("/v2/models").json() == {"models": [MODEL]}
     completion(embedded, "x", max_tokens=2)
     embedded.client.post(f"/v1/models/{MODEL}:predict", json={"instances": ["x"]})
     metrics = embedded.client.get("/metrics").text
     for name in ("request_predict_seconds", "vllm:time_to_first_token_seconds", "baton_plans_total"):
-        assert name in metrics
+        assert f'{name}_count{{front_end="' in metrics or f'{name}{{front_end="' in metrics, name
+    for pool in ROLES:
+        assert re.search(rf'^vllm:num_requests_running\{{worker="[^"]+",pool="{pool}"', metrics, re.MULTILINE), pool
 
 
 def test_cloudevents(embedded: Predictor) -> None:
