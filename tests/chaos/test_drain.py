@@ -123,7 +123,7 @@ def test_ctrl_c_lets_streams_finish(started: Server) -> None:
     expected = stream(started.url, [5000, 5001], 80)
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(stream, started.url, [5000, 5001], 80)
-        time.sleep(1)
+        assert wait_for(lambda: started.metric("baton_pool_streams") > 0, 30)
         os.kill(started.process.pid, signal.SIGINT)
         assert running.result(60) == expected
         assert started.process.wait(60) == 0
@@ -133,7 +133,7 @@ def test_a_second_ctrl_c_does_not_wait(started: Server) -> None:
     """Whoever is in a hurry gets the terminal back within seconds."""
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(stream, started.url, [5000, 5001], 3000)
-        time.sleep(1)
+        assert wait_for(lambda: started.metric("baton_pool_streams") > 0, 30)
         asked = time.monotonic()
         os.kill(started.process.pid, signal.SIGINT)
         time.sleep(1)
