@@ -8,6 +8,7 @@ once with the stated probability, so looking costs nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -20,11 +21,7 @@ class Interval:
 
 
 def proportion(hits: float, trials: float, alpha: float) -> Interval:
-    """A confidence sequence for a probability, from `hits` of `trials` independent ones.
-
-    The beta-binomial mixture of Robbins (1970): the likelihood averaged over a prior, divided by the likelihood at `p`,
-    is a martingale under `p`, so by Ville's inequality it ever reaches 1/alpha with probability alpha at most. The
-    values of `p` for which it has not are the interval.
+    """A confidence sequence for a probability, from `hits` of `trials` independent ones: what `compared` can't exclude.
 
     Args:
         alpha: chance that the truth is ever outside.
@@ -32,17 +29,39 @@ def proportion(hits: float, trials: float, alpha: float) -> Interval:
     if trials <= 0:
         return Interval(0.0, 1.0)
     hits = min(max(hits, 0.0), trials)
-    misses = trials - hits
-    mixture = _log_beta(hits + 0.5, misses + 0.5) - _log_beta(0.5, 0.5)
-    bar = mixture + math.log(alpha)
-
-    def outside(p: float) -> bool:
-        return hits * _log(p) + misses * _log(1 - p) < bar
-
+    outside = _excluded(hits, trials, alpha, 0.5)
     middle = hits / trials
     low = 0.0 if not outside(0.0) else _edge(0.0, middle, outside)
     high = 1.0 if not outside(1.0) else _edge(1.0, middle, outside)
     return Interval(low, high)
+
+
+def compared(hits: float, trials: float, p: float, alpha: float, expected: float = 0.5) -> int:
+    """Whether a probability is shown to be under `p` (-1), over it (1), or neither yet (0).
+
+    Args:
+        alpha: chance that the wrong one is ever shown.
+        expected: about what the probability may be: the nearer, the fewer trials it takes. Any is as safe.
+    """
+    if trials <= 0:
+        return 0
+    hits = min(max(hits, 0.0), trials)
+    if not _excluded(hits, trials, alpha, expected)(p):
+        return 0
+    return -1 if hits / trials < p else 1
+
+
+def _excluded(hits: float, trials: float, alpha: float, expected: float) -> Callable[[float], bool]:
+    """Which probabilities are excluded by what was seen.
+
+    The beta-binomial mixture of Robbins (1970): the likelihood averaged over a prior, divided by the likelihood at `p`,
+    is a martingale under `p`, so by Ville's inequality it ever reaches 1/alpha with probability alpha at most. The
+    values of `p` for which it has are excluded. The prior is Beta(1/2, b) with mean `expected`.
+    """
+    a, b = 0.5, 0.5 / expected - 0.5
+    misses = trials - hits
+    bar = _log_beta(hits + a, misses + b) - _log_beta(a, b) + math.log(alpha)
+    return lambda p: hits * _log(p) + misses * _log(1 - p) < bar
 
 
 def mean(values: tuple[float, ...], alpha: float, expected: int = 60) -> Interval:
@@ -70,9 +89,8 @@ def mean(values: tuple[float, ...], alpha: float, expected: int = 60) -> Interva
 MIN_VALUES = 30
 
 
-def _edge(outer: float, inner: float, outside: object) -> float:
+def _edge(outer: float, inner: float, outside: Callable[[float], bool]) -> float:
     """Where `outside` changes between a point that is and one that is not."""
-    assert callable(outside)
     for _ in range(60):
         half = (outer + inner) / 2
         if outside(half):

@@ -150,6 +150,55 @@ def iter_until_decided(seed: int, canary: dict[str, float]) -> Iterator[Judgemen
             return
 
 
+MIXED = [0.95 * fast + 0.05 * late for fast, late in zip(shares(0.05, 0.4), shares(2.0, 0.5), strict=True)]
+"""One request in twenty is late: p99 is among the late ones."""
+
+
+def looks(seed: int, percent: int, late: list[float], count: int = 60) -> Iterator[Judgement]:
+    """So many looks, one after each 40 requests, of which the canary gets a share; they differ in their TTFT alone."""
+    chance = np.random.default_rng(seed)
+    seen = {"stable": np.zeros(len(BOUNDS)), "canary": np.zeros(len(BOUNDS))}
+    for _ in range(count):
+        to_canary = int(chance.binomial(40, percent / 100))
+        seen["stable"] += chance.multinomial(40 - to_canary, MIXED)
+        seen["canary"] += chance.multinomial(to_canary, late)
+        stable, canary = (
+            Evidence(counts.sum(), 0, Histogram(BOUNDS, tuple(counts.tolist())), EMPTY, ()) for counts in seen.values()
+        )
+        yield judge(stable, canary, 600, JudgeSettings())
+
+
+@pytest.mark.parametrize("percent", [10, 50, 90])
+def test_a_good_canary_is_rarely_rolled_back_whoever_has_the_traffic(percent: int) -> None:
+    """Of 60 watches of 60 looks at most 5 % end so where both are alike, also while little is known of stable."""
+    wrong = sum(any(look.verdict is Verdict.ROLLBACK for look in looks(seed, percent, MIXED)) for seed in range(60))
+    assert wrong <= 0.05 * 60
+
+
+@pytest.mark.parametrize("percent", [10, 40, 90])
+def test_a_late_canary_is_rolled_back_whoever_has_the_traffic(percent: int) -> None:
+    """Ten times as late: found within 9,000 requests in 10 of 10, none is promoted before."""
+    for seed in range(10):
+        told = (look.verdict for look in looks(seed, percent, shares(6.0, 0.5), count=225))
+        assert next((verdict for verdict in told if verdict is not Verdict.HOLD), None) is Verdict.ROLLBACK
+
+
+def test_stable_has_to_be_known_too() -> None:
+    """A thousand late requests of a canary are nothing beyond a p99 that is still anywhere."""
+    late = Histogram((0.1, 0.5, 1.0, math.inf), (0, 0, 1000, 0))
+    for known, verdict in ((300, Verdict.HOLD), (1000, Verdict.ROLLBACK)):
+        stable = some(ttft=replace(late, counts=(known, 0, 0, 0)))
+        judgement = judge(stable, some(ttft=late), 90, JudgeSettings())
+        assert judgement.verdict is verdict, judgement.reasons
+
+
+def test_beyond_the_histogram_nothing_is_shown() -> None:
+    """Where stable's p99 is over the last finite bucket, no canary is promoted for being within it."""
+    beyond = Histogram((0.1, 1.0, math.inf), (0, 900, 100))
+    judgement = judge(some(ttft=beyond), some(ttft=beyond), 90, JudgeSettings())
+    assert judgement.verdict is Verdict.HOLD and judgement.reasons[0].startswith("p99 TTFT")
+
+
 def test_one_at_the_margin_is_rarely_promoted() -> None:
     """As bad as it may just not be (2 % more errors, 1 % being allowed): promoted in at most 5 % of 40 days."""
     ends = [outcome(seed, error=0.0215) for seed in range(40)]
