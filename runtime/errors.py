@@ -95,6 +95,7 @@ TYPES: dict[int, str] = {
 ANTHROPIC_TYPES: dict[int, str] = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
