@@ -11,7 +11,7 @@ from kserve_adapter.canary.command import add_canary
 from kserve_adapter.commands import add_fetch, add_manifest
 from runtime import explain_command
 from runtime.config import ROLES, Config
-from runtime.config_file import load
+from runtime.config_file import listening_at, load
 from runtime.errors import BatonError
 
 
@@ -32,7 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("config", metavar="FILE", help="settings (YAML)")
     watch = commands.add_parser("top", help="show the fleet live in the terminal")
     watch.add_argument("url", nargs="?", default="http://127.0.0.1:8000", help="a front end; default %(default)s")
-    watch.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="look so often; default %(default)s")
+    watch.add_argument(
+        "--every",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="look so often; default %(default)s",
+    )
     watch.add_argument("--once", action="store_true", help="print the fleet once")
     explain_command.add_parser(commands)
     add_fetch(commands)
@@ -54,9 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         from runtime.serving import serve_until_stopped
 
         changes = {name: getattr(arguments, name) for name in ("host", "port") if getattr(arguments, name) is not None}
-        if changes:
-            config = config.model_copy(update={"front_end": config.front_end.model_copy(update=changes)})
-        return serve_until_stopped(config, arguments.address)
+        return serve_until_stopped(listening_at(config, **changes), arguments.address)
     except BatonError as error:
         print(f"baton: {error}", file=sys.stderr)
         return 2

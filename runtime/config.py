@@ -82,7 +82,7 @@ class PoolSettings(Settings):
 class FrontEndSettings(Settings):
     """The OpenAI-compatible HTTP server."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on; loopback unless told otherwise.")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; loopback unless told otherwise.")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
     replicas: int = Field(1, ge=1, description="Front-end processes.")
     api_keys_file: str | None = Field(

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from kv_transfer.settings import Settings
-from runtime.config import Config
+from runtime.config import Config, FrontEndSettings
 from runtime.errors import ConfigError
 
 
@@ -21,14 +21,40 @@ def load(path: str | Path) -> Config:
         ConfigError: naming every key that is wrong, and for an unknown one the nearest that exists.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text()) or {}
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506  # a SafeLoader
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a date that is none
         raise ConfigError(f"{path} is not YAML: {error}") from error
+    if data is None:
+        data = {}  # an empty file: every setting has a default
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold settings as `key: value`, not a {type(data).__name__}")
     return parse(data, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice: YAML forbids it, PyYAML takes the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                raise yaml.composer.ComposerError(None, None, f"`{key.value}` is there twice", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add((key.tag, key.value))
+        return node
+
+
+def listening_at(config: Config, **changes: Any) -> Config:
+    """The settings with some of the front end's changed. Raises as `load`."""
+    try:
+        front_end = FrontEndSettings.model_validate({**config.front_end.model_dump(), **changes})
+    except ValidationError as error:
+        problems = [explain(item, FrontEndSettings, "front_end") for item in error.errors()]
+        raise ConfigError("\n".join(problems)) from error
+    return config.model_copy(update={"front_end": front_end})
 
 
 def parse(data: dict[str, Any], source: str = "settings") -> Config:

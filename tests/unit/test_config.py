@@ -20,6 +20,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"front_end": {"prot": 1}}, "front_end.prot: unknown key; did you mean `port`?"),
     ({"decode": {"xyzzy": 1}}, "decode.xyzzy: unknown key; known here: "),
     ({"front_end": {"port": 0}}, "front_end.port: "),
+    ({"front_end": {"host": ""}}, "front_end.host: "),
     ({"engine": "gpu"}, "engine: "),
     ({"prefill": {"replicas": 0}}, "prefill.replicas: "),
     ({"engine_args": {"model": "x"}}, "engine_args.model is set by Baton; remove it"),
@@ -56,14 +57,68 @@ def test_all_problems_are_told_at_once() -> None:
     assert "modle" in str(error.value) and "front_end.port" in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- a", "not a list"), (None, "can't read")])
-def test_a_file_that_is_no_settings_file(tmp_path: Path, text: str | None, message: str) -> None:
-    """Not there, not YAML, not a mapping."""
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"a: [", "is not YAML"),
+        (b"model: \xff\xfe", "is not YAML"),
+        (b"model: 2024-13-45", "is not YAML"),
+        (b"model: a\nmodel: b", "`model` is there twice"),
+        (b"decode: {threads: 1, threads: 2}", "`threads` is there twice"),
+        (b"- a", "not a list"),
+        (b"[]", "not a list"),
+        (b"false", "not a bool"),
+        (None, "can't read"),
+    ],
+)
+def test_a_file_that_is_no_settings_file(tmp_path: Path, text: bytes | None, message: str) -> None:
+    """Not there, not YAML or a key twice, not a mapping."""
     path = tmp_path / "settings.yaml"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text)
     with pytest.raises(ConfigError, match=message):
         load(path)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "{}"])
+def test_an_empty_file_holds_the_defaults(tmp_path: Path, text: str) -> None:
+    """Every setting has one."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    assert load(path) == Config()
+
+
+def test_a_key_may_replace_one_that_is_merged_in(tmp_path: Path) -> None:
+    """YAML's `<<`, also of a mapping that has one itself, and the same key in two mappings."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        "prefill: &p {threads: 1, env: &e {A: x, B: y}}\n"
+        "decode: &d {<<: *p, threads: 2, env: &f {<<: *e, A: z}}\n"
+        "env: {<<: *f, B: w}\n"
+    )
+    config = load(path)
+    assert (config.prefill.threads, config.decode.threads) == (1, 2)
+    assert (dict(config.decode.env), dict(config.env)) == ({"A": "z", "B": "y"}, {"A": "z", "B": "w"})
+
+
+@pytest.mark.parametrize(
+    ("line", "key"), [(("--port", "99999"), "port"), (("--port", "-1"), "port"), (("--host", ""), "host")]
+)
+def test_where_to_listen_is_checked_on_the_command_line_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: list[str], key: str
+) -> None:
+    """As in the file: nothing is started, and the message names the setting."""
+    import runtime.serving as serving
+
+    served: list[Config] = []
+    monkeypatch.setattr(serving, "serve_until_stopped", lambda config, address: served.append(config) or 0)
+    path = tmp_path / "settings.yaml"
+    path.write_text("model: /models/m\nfront_end: {replicas: 2}\n")
+    assert main(["serve", "--config", str(path), *line]) == 2 and not served
+    assert f"front_end.{key}: " in capsys.readouterr().err
+    assert main(["serve", "--config", str(path), "--port", "9000", "--host", "::1"]) == 0
+    front_end = served[0].front_end
+    assert (front_end.port, front_end.host, front_end.replicas) == (9000, "::1", 2)
 
 
 def test_settings_are_frozen() -> None:
