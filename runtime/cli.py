@@ -10,9 +10,12 @@ from dataclasses import asdict
 from kserve_adapter.canary.command import add_canary
 from kserve_adapter.commands import add_fetch, add_manifest
 from runtime import explain_command
+from runtime.arguments import number
 from runtime.config import ROLES, Config
 from runtime.config_file import listening_at, load
 from runtime.errors import BatonError
+
+A_DAY_S = 86_400
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,13 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("config", metavar="FILE", help="settings (YAML)")
     watch = commands.add_parser("top", help="show the fleet live in the terminal")
     watch.add_argument("url", nargs="?", default="http://127.0.0.1:8000", help="a front end; default %(default)s")
-    watch.add_argument(
-        "--every",
-        type=float,
-        default=1.0,
-        metavar="SECONDS",
-        help="look so often; default %(default)s",
-    )
+    pause = number(float, over=0, under=A_DAY_S)
+    watch.add_argument("--every", type=pause, default=1.0, metavar="SECONDS", help="look so often; default %(default)s")
     watch.add_argument("--once", action="store_true", help="print the fleet once")
     explain_command.add_parser(commands)
     add_fetch(commands)

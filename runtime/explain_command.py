@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
+from runtime.arguments import number
 from runtime.config_file import load
 from runtime.errors import ConfigError
 
@@ -27,7 +29,7 @@ def add_parser(commands: Any) -> None:
     where.add_argument("--url", help="the server, such as http://127.0.0.1:8000; its key is read from BATON_API_KEY")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--request", metavar="ID", help="id of a response, or the X-Request-Id that was sent")
-    what.add_argument("--tokens", type=int, metavar="N", help="length of a prompt")
+    what.add_argument("--tokens", type=number(int), metavar="N", help="length of a prompt")
     parser.add_argument(
         "--cached", action="append", default=[], metavar="ENGINE=TOKENS", help="what an engine holds of that prompt"
     )
@@ -68,20 +70,39 @@ def _server(arguments: argparse.Namespace) -> tuple[str, str | None]:
 
 
 def _get(url: str, key: str | None) -> tuple[int, dict[str, Any]]:
+    server = url.partition("/baton/")[0]
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"{url} is no HTTP address")
     asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})  # noqa: S310  # above
     try:
         with urllib.request.urlopen(asked, timeout=TIMEOUT_S) as response:  # noqa: S310  # as above
-            return response.status, json.load(response)
+            answer = json.load(response)
     except urllib.error.HTTPError as error:
-        with error:
-            try:
-                return error.code, json.load(error)
-            except ValueError:
-                return error.code, {"error": f"the server answers {error.code}"}
-    except OSError as error:
-        raise ConfigError(f"no server answers at {url.partition('/baton/')[0]}: {error}") from error
+        return error.code, _refusal(error)
+    except (http.client.HTTPException, OSError, ValueError) as error:
+        raise ConfigError(f"no server of Baton answers at {server}: {error}") from error
+    if not _explains(answer):
+        raise ConfigError(f"no server of Baton answers at {server}: what it tells is no explanation")
+    return 200, answer
+
+
+def _refusal(error: urllib.error.HTTPError) -> dict[str, Any]:
+    with error:
+        try:
+            answer = json.load(error)
+        except (http.client.HTTPException, OSError, ValueError):
+            answer = None
+    return answer if isinstance(answer, dict) else {"error": f"the server answers {error.code}"}
+
+
+def _explains(answer: Any) -> bool:
+    """Whether it is what `table` reads."""
+    if not isinstance(answer, dict) or not answer.keys() >= {"prompt_tokens", "answer", "meaning", "candidates"}:
+        return False
+    chosen, candidates = answer["answer"], answer["candidates"]
+    if not isinstance(chosen, dict) or not isinstance(candidates, list):
+        return False
+    return chosen.keys() & {"plan", "refused"} != set() and all(isinstance(plan, dict) for plan in candidates)
 
 
 def table(answer: dict[str, Any]) -> str:

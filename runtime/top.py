@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
 import urllib.request
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,6 +22,8 @@ KEY_ENV = "BATON_API_KEY"
 STATE_STYLES = {"ready": "green", "warming": "yellow", "connecting": "yellow", "draining": "cyan", "refused": "red"}
 
 Snapshot = dict[str, Any]
+SHAPE = {"latency": dict, "waiting": dict, "refusals": dict, "pools": dict, "workers": list, "recent": list}
+"""What `render` reads."""
 
 
 class Unreachable(BatonError):
@@ -57,18 +60,21 @@ def fetch(url: str) -> Snapshot:
     Raises:
         Unreachable: with the reason.
     """
-    request = urllib.request.Request(f"{url.rstrip('/')}/baton/fleet")  # noqa: S310  # the user's own address
-    if key := os.environ.get(KEY_ENV):
-        request.add_header("Authorization", f"Bearer {key}")
+    key = os.environ.get(KEY_ENV)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        with urllib.request.urlopen(request, timeout=5) as response:  # noqa: S310  # as above
-            snapshot: Snapshot = json.load(response)
-            return snapshot
+        # The user's own address.
+        request = urllib.request.Request(f"{url.rstrip('/')}/baton/fleet", headers=headers)  # noqa: S310
+        with urllib.request.urlopen(request, timeout=5) as response:  # noqa: S310
+            snapshot = json.load(response)
     except HTTPError as error:
         hint = f": set {KEY_ENV}" if error.code == 401 else ""
         raise Unreachable(f"{url} answers {error.code}{hint}") from error
-    except (URLError, OSError, ValueError) as error:
+    except (http.client.HTTPException, OSError, ValueError) as error:
         raise Unreachable(f"no front end of Baton at {url}: {error}") from error
+    if not isinstance(snapshot, dict) or any(not isinstance(snapshot.get(key), kind) for key, kind in SHAPE.items()):
+        raise Unreachable(f"no front end of Baton at {url}: what it tells is no fleet")
+    return snapshot
 
 
 def render(snapshot: Snapshot) -> Group:

@@ -1,4 +1,7 @@
-"""`baton canary judge | watch`: exit status 0 promote, 10 hold, 20 roll back, 1 when there is no evidence to be had."""
+"""`baton canary judge | watch`: exit status 0 promote, 10 hold, 20 roll back, 30 when there is no evidence.
+
+Wrong arguments are 2, as everywhere, and a fault of ours is Python's 1: neither is a verdict.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,34 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import fields
 
 from kserve_adapter.canary.judge import Judgement, JudgeSettings, NoEvidence, Verdict, judge
+from runtime.arguments import number
 
 EXIT = {Verdict.PROMOTE: 0, Verdict.HOLD: 10, Verdict.ROLLBACK: 20}
-NO_EVIDENCE = 1
+NO_EVIDENCE = 30
+
+LIMITS = {
+    "alpha": number(float, over=0, under=1),
+    "beta": number(float, over=0, under=1),
+    "min_requests": number(int),
+    "min_minutes": number(float),
+    "error_margin": number(float, under=1),
+    "latency_margin": number(float),
+    "speed_margin": number(float, under=1),
+}
+"""What each of `JudgeSettings` may be on the command line."""
+
+YEAR_H = 24 * 366
 
 
 def add_canary(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """`baton canary`."""
     canary = commands.add_parser("canary", help="judge a new revision against the one it is to replace")
     actions = canary.add_subparsers(dest="action", required=True)
-    judging = actions.add_parser("judge", help="look once: exit status 0 promote, 10 hold, 20 roll back")
+    judging = actions.add_parser("judge", help="look once: status 0 promote, 10 hold, 20 roll back, 30 no evidence")
     watching = actions.add_parser("watch", help="look again and again until it is decided, or the time is over")
     for parser in (judging, watching):
         parser.add_argument("--prometheus", required=True, metavar="URL")
@@ -27,12 +45,15 @@ def add_canary(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         parser.add_argument("--stable", required=True, metavar="REVISION")
         parser.add_argument("--canary", required=True, metavar="REVISION")
         for field in fields(JudgeSettings):
-            kind = int if field.name == "min_requests" else float
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, metavar="N")
-        parser.add_argument("--step-s", type=int, default=60, metavar="N", help="compare speeds over so many seconds")
-    judging.add_argument("--minutes", type=float, default=60.0, help="look at so much of the past (default: 60)")
-    watching.add_argument("--hours", type=float, default=24.0, help="how long to watch at most (default: 24)")
-    watching.add_argument("--every-s", type=float, default=60.0, help="seconds between looks (default: 60)")
+            option = f"--{field.name.replace('_', '-')}"
+            parser.add_argument(option, type=LIMITS[field.name], default=field.default, metavar="N")
+        whole = number(int, least=1)
+        parser.add_argument("--step-s", type=whole, default=60, metavar="N", help="compare speeds over so many seconds")
+    minutes, hours = number(float, over=0, under=60 * YEAR_H), number(float, under=YEAR_H)
+    judging.add_argument("--minutes", type=minutes, default=60.0, help="look at so much of the past (default: 60)")
+    watching.add_argument("--hours", type=hours, default=24.0, help="how long to watch at most (default: 24)")
+    every = number(float, over=0, under=3600 * YEAR_H)
+    watching.add_argument("--every-s", type=every, default=60.0, help="seconds between looks (default: 60)")
     judging.set_defaults(run=_judge)
     watching.set_defaults(run=_watch)
 
@@ -87,12 +108,13 @@ def watch(
 def _look(arguments: argparse.Namespace, minutes: float) -> Judgement:
     from kserve_adapter.canary.prometheus import Prometheus
 
-    server = Prometheus(arguments.prometheus)
     settings = JudgeSettings(**{field.name: getattr(arguments, field.name) for field in fields(JudgeSettings)})
-    stable, canary = (
-        server.evidence(f'baton_name="{arguments.name}",baton_revision="{revision}"', minutes * 60, arguments.step_s)
+    selectors = (
+        f'baton_name="{arguments.name}",baton_revision="{revision}"'
         for revision in (arguments.stable, arguments.canary)
     )
+    with closing(Prometheus(arguments.prometheus)) as server:
+        stable, canary = (server.evidence(selector, minutes * 60, arguments.step_s) for selector in selectors)
     return judge(stable, canary, minutes, settings)
 
 

@@ -15,12 +15,21 @@ TTFT, ITL = "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_b
 TOKENS, DECODE_S = "generation_tokens_total", "request_decode_time_seconds_sum"
 """vLLM's metrics, without their prefix."""
 
+OTHER = "answers, but not as Prometheus does"
+
 
 class Prometheus:
-    """A server. `selector` below are label matchers such as `baton_name="m",baton_revision="v2"`."""
+    """A server. `selector` below are label matchers such as `baton_name="m",baton_revision="v2"`.
+
+    Raises:
+        NoEvidence: when `url` is none.
+    """
 
     def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
-        self._client = httpx.Client(base_url=url.rstrip("/"), timeout=30, transport=transport)
+        try:
+            self._client = httpx.Client(base_url=url.rstrip("/"), timeout=30, transport=transport)
+        except httpx.InvalidURL as error:
+            raise NoEvidence(f"{url}: {error}") from error
 
     def close(self) -> None:
         """Ask no more."""
@@ -30,7 +39,7 @@ class Prometheus:
         """What is known of a revision for the last `seconds`, its speed for each `step_s` of them.
 
         Raises:
-            NoEvidence: when the server does not answer.
+            NoEvidence: when the server does not answer, or not as Prometheus does.
         """
         span = f"{max(1, round(seconds))}s"
         ended = vllm(FINISHED, f'{selector},finished_reason!="abort"')
@@ -74,11 +83,17 @@ class Prometheus:
         try:
             response = self._client.post(f"/api/v1/{kind}", data=params)
             answer = response.json()
-        except (httpx.TransportError, ValueError) as error:
+        except (httpx.HTTPError, ValueError) as error:
             raise NoEvidence(f"{self._client.base_url}: {error}") from error
+        if not isinstance(answer, dict):
+            raise NoEvidence(f"{self._client.base_url}: {OTHER} ({response.status_code})")
         if answer.get("status") != "success":
             raise NoEvidence(f"{self._client.base_url}: {answer.get('error', response.status_code)}")
-        result: list[Any] = answer["data"]["result"]
+        data = answer.get("data")
+        result = data.get("result") if isinstance(data, dict) else None
+        told = "value" if kind == "query" else "values"
+        if not isinstance(result, list) or not all(isinstance(item, dict) and told in item for item in result):
+            raise NoEvidence(f"{self._client.base_url}: {OTHER}")
         return result
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 
-from kserve_adapter.canary.command import EXIT
+from kserve_adapter.canary.command import EXIT, NO_EVIDENCE
 from kserve_adapter.canary.judge import Verdict
 from kserve_adapter.canary.prometheus import Prometheus
 from tests.canary.scraped import baton_canary, prometheus
@@ -127,4 +127,4 @@ def test_watch_ends_at_a_rollback(watched: str) -> None:
 def test_without_prometheus(watched: str) -> None:
     """No evidence is no verdict."""
     status, told, err = baton_canary("judge", f"http://127.0.0.1:{free_port()}", "good")
-    assert status == 1 and not told and "baton: " in err
+    assert status == NO_EVIDENCE and not told and "baton: " in err

@@ -304,10 +304,18 @@ def test_evidence_from_prometheus() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [httpx.Response(400, json={"status": "error", "error": "bad"}), httpx.Response(200, text="<")]
+    "answer",
+    [
+        httpx.Response(400, json={"status": "error", "error": "bad"}),
+        httpx.Response(200, text="<"),
+        httpx.Response(200, json=[]),
+        httpx.Response(200, json={"status": "success"}),
+        httpx.Response(200, json={"status": "success", "data": {"result": {}}}),
+        httpx.Response(200, json={"status": "success", "data": {"result": [{"metric": {}}]}}),
+    ],
 )
 def test_an_answer_that_is_none(answer: httpx.Response) -> None:
-    """An error and a page that is not JSON are no evidence."""
+    """An error, a page that is not JSON, and JSON that is not Prometheus's are no evidence."""
     server = Prometheus("http://prometheus", httpx.MockTransport(lambda request: answer))
     with pytest.raises(NoEvidence):
         server.evidence('a="b"', 60)

@@ -235,7 +235,7 @@ def test_baton_explain_prints_a_table(
 def test_baton_explain_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
     """A plain sentence, not a traceback."""
     assert main(["explain", "--url", "http://127.0.0.1:1", "--tokens", "5"]) == 2
-    assert "no server answers at http://127.0.0.1:1" in capsys.readouterr().err
+    assert "no server of Baton answers at http://127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_a_short_prompt_says_why_it_stays_whole(placement: Placement) -> None:
