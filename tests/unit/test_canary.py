@@ -154,13 +154,15 @@ MIXED = [0.95 * fast + 0.05 * late for fast, late in zip(shares(0.05, 0.4), shar
 """One request in twenty is late: p99 is among the late ones."""
 
 
-def looks(seed: int, percent: int, late: list[float], count: int = 60) -> Iterator[Judgement]:
+def looks(
+    seed: int, percent: int, late: list[float], count: int = 60, usual: list[float] = MIXED
+) -> Iterator[Judgement]:
     """So many looks, one after each 40 requests, of which the canary gets a share; they differ in their TTFT alone."""
     chance = np.random.default_rng(seed)
     seen = {"stable": np.zeros(len(BOUNDS)), "canary": np.zeros(len(BOUNDS))}
     for _ in range(count):
         to_canary = int(chance.binomial(40, percent / 100))
-        seen["stable"] += chance.multinomial(40 - to_canary, MIXED)
+        seen["stable"] += chance.multinomial(40 - to_canary, usual)
         seen["canary"] += chance.multinomial(to_canary, late)
         stable, canary = (
             Evidence(counts.sum(), 0, Histogram(BOUNDS, tuple(counts.tolist())), EMPTY, ()) for counts in seen.values()
@@ -181,6 +183,16 @@ def test_a_late_canary_is_rolled_back_whoever_has_the_traffic(percent: int) -> N
     for seed in range(10):
         told = (look.verdict for look in looks(seed, percent, shares(6.0, 0.5), count=225))
         assert next((verdict for verdict in told if verdict is not Verdict.HOLD), None) is Verdict.ROLLBACK
+
+
+@pytest.mark.parametrize("percent", [10, 50, 90])
+def test_one_beyond_the_margin_is_rarely_shown_to_be_within(percent: int) -> None:
+    """Eight of a thousand are late on stable, so its p99 is not; twenty on the canary. Wrong in at most 5 % of 60."""
+    usual, late = (
+        [1 - share if bound == 0.1 else share * (bound == 5.0) for bound in BOUNDS] for share in (0.008, 0.02)
+    )
+    shown = [[look.findings[1].verdict for look in looks(seed, percent, late, usual=usual)] for seed in range(60)]
+    assert sum(Verdict.PROMOTE in verdicts for verdicts in shown) <= 0.05 * 60
 
 
 def test_stable_has_to_be_known_too() -> None:
