@@ -123,7 +123,7 @@ def main() -> None:
     theirs.close()
     workers = [facts(number, port) for number, port in enumerate(ours.recv())]
     export_vllms()
-    cluster, brain = busy_cluster(workers), Brain(SETTINGS)
+    cluster, brain = busy_cluster(workers), Brain(SETTINGS, {})
     brain.tell(report("a", cluster), 0.0)
     status = brain.decide(0.0)
     reporter: Any = SimpleNamespace(status=status)

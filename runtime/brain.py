@@ -28,7 +28,7 @@ LATENCY_S = 60.0
 SILENT_S = 10.0
 """A front end that has reported nothing for this long is forgotten."""
 
-READY, DRAINING = "ready", "draining"
+READY, DRAINING, REFUSED = "ready", "draining", "refused"
 
 Replicas = Mapping[str, Mapping[str, int]]
 """For each pool how many replicas Ray Serve has in each of its states."""
@@ -54,11 +54,13 @@ class Brain:
     """Puts reports together and decides.
 
     Args:
-        settings: None when nobody scales: the answer is then what there is.
+        settings: None when nobody scales: the answer is then what was given, or what there is if that is more.
+        given: so many workers each pool was given.
     """
 
-    def __init__(self, settings: ScalingSettings | None) -> None:
+    def __init__(self, settings: ScalingSettings | None, given: Mapping[str, int]) -> None:
         self._settings = settings
+        self._given = given
         self._told: dict[str, _Told] = {}
         self._memory: Memory | None = None
 
@@ -79,11 +81,14 @@ class Brain:
             return None
         load = self._load(now, replicas)
         if self._settings is None:
-            answer = Answer(*(PoolAnswer(pool.workers, "steady", "not scaled") for pool in (load.prefill, load.decode)))
+            answer = Answer(self._unscaled("prefill", load.prefill), self._unscaled("decode", load.decode))
         else:
             answer, self._memory = scale(load, self._settings, self._memory)
         front_ends = tuple((r.front_end, r.metrics_host, r.metrics_port) for r in self._reports())
         return FleetStatus(load, answer, self._settings is not None, front_ends)
+
+    def _unscaled(self, pool: str, load: PoolLoad) -> PoolAnswer:
+        return PoolAnswer(max(self._given[pool], load.workers), "steady", "not scaled")
 
     def _reports(self) -> list[FrontEndReport]:
         return [told.last for told in self._told.values()]
@@ -142,7 +147,8 @@ class Brain:
             if any(worker.state == READY for worker in reports)
         ]
         draining = sum(all(worker.state == DRAINING for worker in reports) for reports in by_worker.values())
-        coming = len(by_worker) - len(ready) - draining
+        refused = sum(all(worker.state == REFUSED for worker in reports) for reports in by_worker.values())
+        coming = len(by_worker) - len(ready) - draining - refused
         if replicas is not None:
             states = replicas.get(pool, {})
             draining = states.get("STOPPING", 0)

@@ -184,6 +184,10 @@ class Config(Settings):
         """The settings of a role's pool."""
         return self.prefill if role == "prefill" else self.decode
 
+    def replicas(self) -> dict[str, int]:
+        """How many workers each pool starts with."""
+        return {role: self.pool(role).replicas for role in ROLES}
+
     def bounds(self, role: Role) -> PoolBounds:
         """How small and how large a role's pool may get."""
         pool = self.pool(role)

@@ -159,7 +159,7 @@ async def start_front_end(
     warmer.start()
     await asyncio.wait_for(warmer.both_pools(), config.limits.start_timeout_s)
     alone = serve_alone() if config.front_end.replicas > 1 else ("", 0)
-    reporter = Reporter(front_end, cluster, scaler, alone)
+    reporter = Reporter(front_end, cluster, scaler, config.replicas(), alone)
     llm.sleeps = functools.partial(reporter.sleeps, config.limits.wait_for_worker_s)  # type: ignore[method-assign]
     collectors: tuple[Any, ...] = (cluster.seen, PoolMetrics(cluster, reporter))
     for collector in collectors:

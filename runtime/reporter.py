@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import logging
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from runtime.brain import Brain
@@ -29,6 +30,7 @@ class Reporter:
 
     Args:
         scaler: the scaler's deployment; None where there is none.
+        replicas: so many workers each pool was given.
         metrics: host and port where this front end alone can be scraped; port 0: nowhere.
     """
 
@@ -37,6 +39,7 @@ class Reporter:
         front_end: str,
         cluster: Cluster,
         scaler: DeploymentHandle | None,
+        replicas: Mapping[str, int],
         metrics: tuple[str, int] = ("", 0),
     ) -> None:
         self.front_end = front_end
@@ -44,7 +47,7 @@ class Reporter:
         self._cluster = cluster
         self._scaler = scaler
         self._metrics = metrics
-        self._brain = Brain(None)
+        self._brain = Brain(None, replicas)
         self._asleep_s: float | None = None
         self._task: asyncio.Task[None] | None = None
 

@@ -58,7 +58,7 @@ class FleetStatus:
     """What came of the reports: one load, one answer.
 
     Attributes:
-        scaled: whether somebody follows the answer; otherwise it says what there is.
+        scaled: whether somebody follows the answer; otherwise it says what the settings give, or what there is if more.
         front_ends: where each front end alone can be scraped: its id, host and port.
     """
 

@@ -43,7 +43,8 @@ class Scaler:
     def __init__(self, config: dict[str, Any]) -> None:
         prepare_replica()
         self._application = serve.get_replica_context().app_name
-        self._brain = Brain(Config.model_validate(config).scaling_policy())
+        settings = Config.model_validate(config)
+        self._brain = Brain(settings.scaling_policy(), settings.replicas())
         self._status: FleetStatus | None = None
         self._task = asyncio.get_running_loop().create_task(self._decide())
 

@@ -107,13 +107,12 @@ def _pools(snapshot: Snapshot) -> Table:
     for name, pool in snapshot["pools"].items():
         load, answer = pool["load"], pool["answer"]
         tokens_s = load["arriving_tokens_s"] if name == "prefill" else load["tokens_s"]
-        desired = str(answer["workers"]) if pool["scaled"] else "-"
         table.add_row(
             name,
             str(load["ready"]),
             str(load["starting"]),
             str(load["draining"]),
-            desired,
+            str(answer["workers"]),
             str(load["queued_requests"]),
             _seconds(load["backlog_s"]),
             str(load["streams"]),

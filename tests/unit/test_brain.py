@@ -33,6 +33,8 @@ PREFILL = WorkerReport("p1", "prefill", "ready", num_blocks=100, kv_use=0.5, rea
 DECODE = WorkerReport("d1", "decode", "ready", num_blocks=100, kv_use=0.2, read=READ, step=STEP, max_streams=256)
 SETTINGS = ScalingSettings(PoolBounds(1, 8), PoolBounds(1, 8), borrow_s=0.0)
 
+GIVEN = {"prefill": 1, "decode": 2}
+
 
 def told(name: str = "a", *workers: WorkerReport, **changes: Any) -> FrontEndReport:
     """A front end's report."""
@@ -49,7 +51,7 @@ def status(brain: Brain, now: float, replicas: dict[str, dict[str, int]] | None 
 
 def test_two_front_ends_are_one_fleet() -> None:
     """A worker that both know counts once; what each waits for, reads and writes is added up."""
-    brain = Brain(SETTINGS)
+    brain = Brain(SETTINGS, GIVEN)
     busy = replace(PREFILL, queued_tokens=2000, queued_requests=2, pinned_blocks=10)
     for now, read in ((0.0, 0), (10.0, 50_000)):
         brain.tell(told("a", busy, DECODE, waiting=1, waiting_tokens=500, totals=Totals(read=read)), now)
@@ -65,7 +67,7 @@ def test_two_front_ends_are_one_fleet() -> None:
 
 def test_who_waits_for_a_full_decode_pool_counts_there() -> None:
     """Waiting requests are the need of the pool that they wait for."""
-    brain = Brain(SETTINGS)
+    brain = Brain(SETTINGS, GIVEN)
     brain.tell(told("a", PREFILL, replace(DECODE, kv_use=0.95), waiting=7, waiting_tokens=700), 0.0)
     load = status(brain, 0.0).load
     assert (load.prefill.queued_requests, load.decode.queued_requests) == (0, 7)
@@ -73,7 +75,7 @@ def test_who_waits_for_a_full_decode_pool_counts_there() -> None:
 
 def test_workers_that_start_are_counted_by_ray_serve() -> None:
     """Replicas that no front end knows yet are on their way; those that stop are not."""
-    brain = Brain(SETTINGS)
+    brain = Brain(SETTINGS, GIVEN)
     brain.tell(told("a", PREFILL, DECODE, replace(DECODE, engine_id="d2", state="warming")), 0.0)
     load = status(brain, 0.0, {"decode": {"RUNNING": 2, "STARTING": 3, "STOPPING": 1}, "prefill": {"RUNNING": 1}}).load
     assert (load.decode.ready, load.decode.starting, load.decode.draining) == (1, 4, 1)
@@ -83,7 +85,7 @@ def test_workers_that_start_are_counted_by_ray_serve() -> None:
 
 def test_a_silent_front_end_is_forgotten() -> None:
     """Its waiting requests are gone with it; without any there is no answer, so that nothing changes."""
-    brain = Brain(SETTINGS)
+    brain = Brain(SETTINGS, GIVEN)
     brain.tell(told("a", waiting=5, waiting_tokens=5), 0.0)
     brain.tell(told("b"), 9.0)
     assert status(brain, 12.0).load.waiting == 0
@@ -94,7 +96,7 @@ def test_latencies_are_of_the_last_minute() -> None:
     """What was slow before does not count any more."""
     slow = tuple(int(bound == 30.0) * 100 for bound in (*BOUNDS_S, 0))
     later = tuple(count + int(bound == 0.1) * 100 for count, bound in zip(slow, (*BOUNDS_S, 0), strict=True))
-    brain = Brain(SETTINGS)
+    brain = Brain(SETTINGS, GIVEN)
     brain.tell(told(ttft=slow), 0.0)
     brain.tell(told(ttft=later), 30.0)
     found = status(brain, 30.0).load.ttft_s
@@ -104,7 +106,7 @@ def test_latencies_are_of_the_last_minute() -> None:
 
 def test_growth_is_answered() -> None:
     """Twenty thousand tokens a second are more than one worker reads."""
-    brain = Brain(SETTINGS)
+    brain = Brain(SETTINGS, GIVEN)
     brain.tell(told(), 0.0)
     brain.tell(told(totals=Totals(read=200_000)), 10.0)
     answer = status(brain, 10.0).answer
@@ -114,13 +116,29 @@ def test_growth_is_answered() -> None:
 def test_deciding_for_a_hundred_workers_costs_little() -> None:
     """A decision a second may take 1% of a core: 10 ms, with the report that it takes in."""
     workers = [replace(worker, engine_id=f"{worker.pool}{n}") for worker in (PREFILL, DECODE) for n in range(50)]
-    brain, best = Brain(SETTINGS), 1.0
+    brain, best = Brain(SETTINGS, GIVEN), 1.0
     for second in range(100):
         started = time.process_time()
         brain.tell(told("a", *workers), float(second))
         brain.decide(float(second))
         best = min(best, time.process_time() - started)
     assert best < 0.01
+
+
+def test_without_scaling_the_settings_say_what_there_should_be() -> None:
+    """A dead worker is missed until it is replaced, a refused one stays missed; more than was given are no fault."""
+    brain = Brain(None, GIVEN)
+    sizes = {}
+    for now, state in enumerate(("gone", "warming", "refused", "ready")):
+        workers = [replace(DECODE, engine_id="d2", state=state)] if state != "gone" else []
+        brain.tell(told("a", DECODE, *workers), float(now))
+        found = status(brain, float(now))
+        sizes[state] = (found.load.decode.ready, found.load.decode.starting, found.answer.decode.workers)
+        assert (found.load.prefill.workers, found.answer.prefill.workers) == (0, 1)
+        assert not found.scaled
+    assert sizes == {"gone": (1, 0, 2), "warming": (1, 1, 2), "refused": (1, 0, 2), "ready": (2, 0, 2)}
+    brain.tell(told("a", *(replace(DECODE, engine_id=f"d{n}") for n in range(3))), 9.0)
+    assert status(brain, 9.0).answer.decode.workers == 3
 
 
 @dataclass
@@ -164,7 +182,7 @@ def test_ray_serve_is_told_whose_kv_is_needed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def _status() -> FleetStatus:
-    brain = Brain(SETTINGS)
+    brain = Brain(SETTINGS, GIVEN)
     brain.tell(told("a", replace(PREFILL, queued_tokens=2000, queued_requests=2), DECODE), 0.0)
     return status(brain, 0.0)
 
@@ -202,9 +220,7 @@ def test_top_shows_the_fleet() -> None:
         "refusals": {"overloaded": 3.0},
         "recent": [{"at": 0.0, "pool": "decode", "engine_id": "d0", "what": "lost: its output stream broke"}],
     }
-    console = Console(file=io.StringIO(), width=200)
-    console.print(render(json.loads(json.dumps(snapshot))))
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    shown = _shown(snapshot)
     for words in (
         "4 requests wait",
         "overloaded 3",
@@ -216,6 +232,31 @@ def test_top_shows_the_fleet() -> None:
         "steady",
     ):
         assert words in shown
+
+
+def test_top_shows_a_pool_that_lacks_a_worker() -> None:
+    """Also where nobody scales: what there is beside what there should be."""
+    brain = Brain(None, GIVEN)
+    brain.tell(told("a", DECODE), 0.0)
+    found = status(brain, 0.0)
+    pool = {"load": {**asdict(found.load.decode), "backlog_s": 0.0}, "answer": asdict(found.answer.decode)}
+    snapshot = {
+        "pools": {"decode": {**pool, "scaled": found.scaled}},
+        "workers": [],
+        "waiting": {"requests": 0, "tokens": 0},
+        "latency": {"ttft_s": None, "itl_s": None},
+        "refusals": {},
+        "recent": [],
+    }
+    (row,) = [line for line in _shown(snapshot).splitlines() if "not scaled" in line]
+    assert [cell.strip() for cell in row.split("│")][1:6] == ["decode", "1", "0", "0", "2"]
+
+
+def _shown(snapshot: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(json.loads(json.dumps(snapshot))))
+    shown: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return shown
 
 
 def test_top_says_when_nobody_is_there(capsys: pytest.CaptureFixture[str]) -> None:

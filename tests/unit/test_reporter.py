@@ -20,6 +20,8 @@ from runtime.policy.types import Snapshot
 from runtime.reporter import Reporter
 from runtime.reports import FleetStatus, FrontEndReport
 
+GIVEN = {"prefill": 1, "decode": 2}
+
 
 def cluster() -> Any:
     """A cluster without workers in which three requests wait."""
@@ -53,7 +55,7 @@ class Handle:
 async def test_pools_that_sleep_on_purpose_are_healthy(workers: int, sleeps: bool) -> None:
     """No workers because the scaler wants none: a request has to get through to wake them."""
     handle = Handle(status(workers))
-    reporter = Reporter("a", cluster(), handle)  # type: ignore[arg-type]
+    reporter = Reporter("a", cluster(), handle, GIVEN)  # type: ignore[arg-type]
     reporter.start()
     while reporter.status is None:
         await asyncio.sleep(0)
@@ -65,7 +67,7 @@ async def test_pools_that_sleep_on_purpose_are_healthy(workers: int, sleeps: boo
 
 async def test_without_the_scaler_the_last_answer_stays(caplog: pytest.LogCaptureFixture) -> None:
     """Serving goes on; what is known is kept."""
-    reporter = Reporter("a", cluster(), Handle(None))  # type: ignore[arg-type]
+    reporter = Reporter("a", cluster(), Handle(None), GIVEN)  # type: ignore[arg-type]
     reporter.status = status(2)
     reporter.start()
     while "does not answer" not in caplog.text:
@@ -74,14 +76,15 @@ async def test_without_the_scaler_the_last_answer_stays(caplog: pytest.LogCaptur
     assert reporter.status == status(2)
 
 
-async def test_alone_a_front_end_tells_what_there_is() -> None:
-    """Without a scaler the answer is the present number, and says that nobody scales."""
-    reporter = Reporter("a", cluster(), None)
+async def test_alone_a_front_end_tells_what_there_should_be() -> None:
+    """Without a scaler the answer is what the settings give, and says that nobody scales: a dead pool is missed."""
+    reporter = Reporter("a", cluster(), None, GIVEN)
     reporter.start()
     while reporter.status is None:
         await asyncio.sleep(0)
     reporter.stop()
-    assert reporter.status.answer.prefill.workers == 0
+    assert reporter.status.load.decode.workers == 0
+    assert (reporter.status.answer.prefill.workers, reporter.status.answer.decode.workers) == (1, 2)
     assert not reporter.status.scaled
     assert reporter.status.load.waiting == 3
 
