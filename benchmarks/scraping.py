@@ -126,7 +126,7 @@ def main() -> None:
     cluster, brain = busy_cluster(workers), Brain(SETTINGS, {})
     brain.tell(report("a", cluster), 0.0)
     status = brain.decide(0.0)
-    reporter: Any = SimpleNamespace(status=status)
+    reporter: Any = SimpleNamespace(believed=lambda: status)
     for collector in (cluster.seen, PoolMetrics(cluster, reporter)):
         REGISTRY.register(collector)  # type: ignore[arg-type]
     metrics = FleetMetrics(lambda: workers, lambda: (), "a")

@@ -162,7 +162,7 @@ def families() -> dict[str, Family]:
     cluster: Any = SimpleNamespace(
         fleet=SimpleNamespace(workers={}), seen=ClientView(), ledger=SimpleNamespace(oldest_s=lambda: 0.0)
     )
-    pools = PoolMetrics(cluster, SimpleNamespace(status=None))  # type: ignore[arg-type]
+    pools = PoolMetrics(cluster, SimpleNamespace(believed=lambda: None))  # type: ignore[arg-type]
     worker = WorkerMetrics(dict, {}, dict)
     for family in [*cluster.seen.collect(), *pools.collect(), *worker.collect()]:
         if family.name.startswith("baton_"):

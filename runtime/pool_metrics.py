@@ -36,7 +36,7 @@ class PoolMetrics:
         oldest = GaugeMetricFamily("baton_handoff_oldest_seconds", "Age of the oldest outstanding handoff.")
         oldest.add_metric([], self._cluster.ledger.oldest_s())
         yield oldest
-        yield from self._pools(self._reporter.status)
+        yield from self._pools(self._reporter.believed())
 
     def _workers(self) -> Metric:
         family = GaugeMetricFamily(
@@ -103,11 +103,12 @@ class PoolMetrics:
 def fleet_snapshot(cluster: Cluster, reporter: Reporter) -> dict[str, Any]:
     """The fleet as JSON: what `baton top` shows, and what a script may read.
 
-    Keys: `front_end`; `pools` by name with `load`, `answer` and `scaled`; `workers`, one each; `waiting` requests;
-    `latency` of clients lately; `recent`, the last deaths and the like; `refusals` so far by reason.
+    Keys: `front_end`; `pools` by name with `load`, `answer` and `scaled`, none while nobody answers for their sizes;
+    `workers`, one each; `waiting` requests; `latency` of clients lately; `recent`, the last deaths and the like;
+    `refusals` so far by reason.
     """
     mine = report(reporter.front_end, cluster)
-    status = reporter.status
+    status = reporter.believed()
     pools: dict[str, Any] = {}
     for pool in POOLS if status is not None else ():
         load, answer = getattr(status.load, pool), getattr(status.answer, pool)  # type: ignore[union-attr]

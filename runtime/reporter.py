@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from runtime.brain import Brain
 from runtime.reports import FleetStatus, report
+from runtime.scaling_board import BELIEVED_S
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -32,6 +33,9 @@ class Reporter:
         scaler: the scaler's deployment; None where there is none.
         replicas: so many workers each pool was given.
         metrics: host and port where this front end alone can be scraped; port 0: nowhere.
+
+    Attributes:
+        status: the last one, however old. It still says where the other front ends are.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Reporter:
         self._scaler = scaler
         self._metrics = metrics
         self._brain = Brain(None, replicas)
+        self._answered_s = 0.0
         self._asleep_s: float | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -60,6 +65,10 @@ class Reporter:
         """Stop reporting."""
         if self._task is not None:
             self._task.cancel()
+
+    def believed(self) -> FleetStatus | None:
+        """The last status; None once there has been no answer for as long as Ray Serve follows one."""
+        return self.status if time.monotonic() - self._answered_s <= BELIEVED_S else None
 
     def sleeps(self, waking_s: float) -> bool:
         """Whether there are no workers on purpose: they sleep, or were woken less than `waking_s` ago."""
@@ -78,11 +87,12 @@ class Reporter:
         if self._scaler is None:
             now = time.monotonic()
             self._brain.tell(mine, now)
-            self.status = self._brain.decide(now)
+            status = self._brain.decide(now)
         else:
             async with asyncio.timeout(ANSWER_S):
-                self.status = await self._scaler.report.remote(mine) or self.status
-        if self.status is not None and self.status.scaled:
-            answer = self.status.answer
-            if not answer.prefill.workers and not answer.decode.workers:
-                self._asleep_s = time.monotonic()
+                status = await self._scaler.report.remote(mine)
+        if status is None:
+            return
+        self.status, self._answered_s = status, time.monotonic()
+        if status.scaled and not status.answer.prefill.workers and not status.answer.decode.workers:
+            self._asleep_s = time.monotonic()

@@ -37,7 +37,7 @@ def exporter() -> Iterator[int]:
     )
     status = FleetStatus(FleetLoad(0.0, *pools), answer, scaled=True)
     registry = CollectorRegistry()
-    registry.register(PoolMetrics(cluster, SimpleNamespace(status=status)))  # type: ignore[arg-type]
+    registry.register(PoolMetrics(cluster, SimpleNamespace(believed=lambda: status)))  # type: ignore[arg-type]
     registry.register(WORKERS_LOST)
     server, thread = start_http_server(0, addr="127.0.0.1", registry=registry)
     try:

@@ -193,7 +193,7 @@ def test_the_answer_is_exported() -> None:
         fleet=SimpleNamespace(workers={}), seen=ClientView(), ledger=SimpleNamespace(oldest_s=lambda: 1.5)
     )
     registry = CollectorRegistry()
-    registry.register(PoolMetrics(cluster, SimpleNamespace(status=_status())))  # type: ignore[arg-type]
+    registry.register(PoolMetrics(cluster, SimpleNamespace(believed=_status)))  # type: ignore[arg-type]
     text = generate_latest(registry).decode()
     assert 'baton_pool_desired_replicas{pool="prefill"} 1.0' in text
     assert 'baton_pool_queue_depth{pool="prefill"} 2.0' in text

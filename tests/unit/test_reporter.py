@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from kv_transfer.handoff import Handoff
 from kv_transfer.ledger import Ledger
@@ -17,16 +18,18 @@ from runtime.metrics import WORKERS_LOST
 from runtime.policy.demand import PoolLoad
 from runtime.policy.scaling_records import Answer, FleetLoad, PoolAnswer
 from runtime.policy.types import Snapshot
+from runtime.pool_metrics import PoolMetrics, fleet_snapshot
 from runtime.reporter import Reporter
 from runtime.reports import FleetStatus, FrontEndReport
+from runtime.scaling_board import BELIEVED_S
 
 GIVEN = {"prefill": 1, "decode": 2}
 
 
 def cluster() -> Any:
     """A cluster without workers in which three requests wait."""
-    fleet = SimpleNamespace(snapshot=lambda: Snapshot((), ()), workers={})
-    ledger = SimpleNamespace(pinned_blocks=Counter)
+    fleet = SimpleNamespace(snapshot=lambda: Snapshot((), ()), workers={}, events=())
+    ledger = SimpleNamespace(pinned_blocks=Counter, oldest_s=lambda: 0.0)
     return SimpleNamespace(fleet=fleet, ledger=ledger, seen=ClientView(), waiting=lambda: (3, 900))
 
 
@@ -65,15 +68,35 @@ async def test_pools_that_sleep_on_purpose_are_healthy(workers: int, sleeps: boo
     assert not reporter.sleeps(0)
 
 
-async def test_without_the_scaler_the_last_answer_stays(caplog: pytest.LogCaptureFixture) -> None:
-    """Serving goes on; what is known is kept."""
-    reporter = Reporter("a", cluster(), Handle(None), GIVEN)  # type: ignore[arg-type]
-    reporter.status = status(2)
+async def test_the_last_answer_is_told_as_long_as_ray_serve_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving goes on without the scaler; what KEDA and alerts read is left out once nobody stands for it."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("runtime.reporter.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("runtime.reporter.REPORT_S", 0.0)
+    handle, registry = Handle(status(2)), CollectorRegistry()
+    reporter = Reporter("a", cluster(), handle, GIVEN)  # type: ignore[arg-type]
+    registry.register(PoolMetrics(cluster(), reporter))  # type: ignore[arg-type]
+
+    async def seen() -> tuple[bool, float | None, list[str]]:
+        """The same after some reports more: whether there is a status, and what is told of it."""
+        upto = len(handle.came) + 3
+        while len(handle.came) < upto:
+            await asyncio.sleep(0)
+        pools = list(fleet_snapshot(cluster(), reporter)["pools"])
+        told = registry.get_sample_value("baton_pool_desired_replicas", {"pool": "decode"})
+        return reporter.status == status(2), told, pools
+
     reporter.start()
-    while "does not answer" not in caplog.text:
-        await asyncio.sleep(0)
+    assert await seen() == (True, 2.0, ["prefill", "decode"])
+    handle.answer = None
+    clock.now += BELIEVED_S
+    assert await seen() == (True, 2.0, ["prefill", "decode"])
+    clock.now += 1.0
+    assert await seen() == (True, None, [])
+    assert registry.get_sample_value("baton_pool_workers", {"pool": "decode", "state": "ready"}) == 0.0
+    handle.answer = status(2)
+    assert await seen() == (True, 2.0, ["prefill", "decode"])
     reporter.stop()
-    assert reporter.status == status(2)
 
 
 async def test_alone_a_front_end_tells_what_there_should_be() -> None:
