@@ -50,11 +50,13 @@ def exporter() -> Iterator[int]:
 
 def test_a_scrape_a_query_and_an_alert(tmp_path: Path) -> None:
     """From counters in this process to a message in a webhook, through the real servers."""
-    with exporter() as port, monitored(tmp_path, f"127.0.0.1:{port}") as monitoring:
+    labels = {"baton_name": "m", "baton_revision": "v1"}
+    with exporter() as port, monitored(tmp_path, f"127.0.0.1:{port}", labels) as monitoring:
         assert wait_for(lambda: monitoring.ask(KEDA_QUERY) == [3.0], 60)
         assert wait_for(lambda: len(monitoring.ask("baton_workers_lost_total")) == 2, 30)
         WORKERS_LOST.labels(pool="decode").inc(4)
         assert wait_for(lambda: bool(monitoring.came), 60)
     (alert,) = monitoring.alerts("BatonWorkersRestarting")[:1]
-    assert alert["labels"]["pool"] == "decode"
+    assert alert["labels"].items() >= {"pool": "decode", **labels}.items()
+    assert alert["annotations"]["summary"].startswith("m v1: ")
     assert alert["annotations"]["summary"].endswith("decode workers were lost within a quarter of an hour")

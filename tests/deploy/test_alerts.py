@@ -50,11 +50,21 @@ def test_alerts_fire_when_they_should_and_only_then() -> None:
 @pytest.mark.parametrize("alert", [rule["alert"] for rule in RULES])
 def test_every_alert_has_its_cases_and_its_runbook(alert: str) -> None:
     """Series that make it fire, others that don't, and a section in docs/operations.md."""
-    expected = [
+    expected = {
         bool(check["exp_alerts"]) for case in CASES for check in case["alert_rule_test"] if check["alertname"] == alert
-    ]
-    assert sorted(expected) == [False, True]
+    }
+    assert expected == {False, True}
     assert f"\n#### {alert}\n" in (ROOT / "docs/operations.md").read_text()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule["alert"]))
+def test_every_alert_tells_services_apart(rule: dict[str, Any]) -> None:
+    """No aggregation drops what the manifests' monitors tell services and revisions apart by; who is paged reads it."""
+    kept = re.findall(r"\b(?:max|sum|min|avg|count)\b(?: by \(([^)]*)\))?", rule["expr"])
+    assert kept and all(set(labels.split(", ")) >= CARRIED_LABELS for labels in kept)
+    assert rule["annotations"]["summary"].startswith(
+        "{{ with $labels.baton_name }}{{ . }} {{ $labels.baton_revision }}: {{ end }}"
+    )
 
 
 EXPOSED = {series for name, family in families().items() for series in series_of(name, family.kind)}
@@ -64,7 +74,7 @@ EXPOSED = {series for name, family in families().items() for series in series_of
 def test_rules_name_metrics_that_exist() -> None:
     """A metric or a reason that is renamed in the code has to be renamed here."""
     exprs = "\n".join(rule["expr"] for rule in RULES)
-    assert set(re.findall(r"\bbaton_\w+", exprs)) <= EXPOSED
+    assert set(re.findall(r"\bbaton_\w+", exprs)) <= EXPOSED | CARRIED_LABELS
     series = {entry["series"].partition("{")[0] for case in CASES for entry in case["input_series"]}
     assert series <= EXPOSED
     reasons = {one for found in re.findall(r'reason=~?"([^"]+)"', exprs) for one in found.split("|")}
