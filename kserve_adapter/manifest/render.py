@@ -12,8 +12,13 @@ from kserve_adapter.manifest.pods import MODEL_DIR, Object
 from kserve_adapter.manifest.pools import QUEUE_THRESHOLD, cluster_name, pool_label, pools
 from kserve_adapter.manifest.settings import KubernetesSettings, PoolPods, kubernetes_settings
 from runtime.config import ROLES, Config
+from runtime.config_file import parse
 from runtime.errors import ConfigError
 
+BOUNDS_FOLLOW = (
+    "scaling.prefill and scaling.decode follow from kubernetes.prefill and kubernetes.decode (min_replicas, "
+    "max_replicas) where they are not given: change these, or replicas"
+)
 CLUSTER_SCOPED = ("ClusterServingRuntime", "LocalModelCache", "LocalModelNodeGroup")
 
 
@@ -25,7 +30,8 @@ def render(config: Config, canary: Config | None = None, percent: int = 0) -> li
         percent: what share of the requests the canary gets.
 
     Raises:
-        ConfigError: when the `kubernetes` section is wrong, or the two are not revisions of one service.
+        ConfigError: when the `kubernetes` section is wrong, the settings that follow from it are refused by every pod,
+            or the two are not revisions of one service.
     """
     settings = kubernetes_settings(config)
     stable, objects = _revision(settings, config)
@@ -74,7 +80,11 @@ def _revision(settings: KubernetesSettings, config: Config) -> tuple[serving.Rev
 
 
 def _in_cluster(settings: KubernetesSettings, config: Config, revision: str) -> Object:
-    """Baton's own settings as a pod reads them: without the cluster's, and with what follows from them."""
+    """Baton's own settings as a pod reads them: without the cluster's, and with what follows from them.
+
+    Raises:
+        ConfigError: no pod would take them.
+    """
     data = config.model_dump(exclude_unset=True, exclude={"kubernetes"})
     data["name"] = cluster_name(settings, revision)
     if settings.model_uri:
@@ -87,7 +97,13 @@ def _in_cluster(settings: KubernetesSettings, config: Config, revision: str) -> 
         for role in ROLES:
             pool = dict(data.get(role, {}))
             pool["label_selector"] = {**pool_label(role), **pool.get("label_selector", {})}
+            least, most = (data["scaling"][role][bound] for bound in ("min", "max"))
+            pool.setdefault("replicas", min(max(1, least), most))
             data[role] = pool
+    try:
+        parse(data, "settings of the pods")
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n{BOUNDS_FOLLOW}") from error
     return data
 
 
@@ -96,7 +112,8 @@ def _scaling(settings: KubernetesSettings, given: Object) -> Object:
     made = dict(given)
     for role in ROLES:
         pods: PoolPods = getattr(settings, role)
-        made[role] = {"min": pods.min_replicas, "max": pods.max_replicas, **given.get(role, {})}
+        own = {bound: value for bound, value in given.get(role, {}).items() if value is not None}
+        made[role] = {"min": pods.min_replicas, "max": pods.max_replicas, **own}
     if settings.pools == "deployments" and settings.signal == "queue":
         made |= {"rule": "queue_depth", "queue_depth": float(QUEUE_THRESHOLD)}
     return made

@@ -13,10 +13,11 @@ from kserve_adapter.manifest.presets import PRESETS, config, files
 from kserve_adapter.manifest.reference import reference
 from kserve_adapter.manifest.render import render, to_yaml
 from runtime.cli import main
+from runtime.config import Config
 from runtime.config_file import parse
 from runtime.errors import ConfigError
 from tests.conftest import ROOT
-from tests.deploy.objects import in_knative_mode, of, predictors
+from tests.deploy.objects import in_knative_mode, of, predictors, revision_settings
 from tests.deploy.rendered import CACHE, CANARY, SETS, changed
 from tests.deploy.rules.knative import FLAGS
 
@@ -100,6 +101,51 @@ def test_contradictions_are_told(kubernetes: dict[str, Any], says: str, tmp_path
     assert main(["manifest", "--config", str(path)]) == 2
     out, err = capsys.readouterr()
     assert not out and says in err
+
+
+def pods_settings(data: dict[str, Any]) -> Config:
+    """What the pods of a rendered service read."""
+    ((_, made),) = revision_settings(render(parse(data)))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("section", "starts_with"),
+    [
+        ({"kubernetes": {"prefill": {"min_replicas": 2}}}, 2),
+        ({"kubernetes": {"prefill": {"min_replicas": 0}}}, 1),
+        ({"prefill": {"replicas": 3}, "kubernetes": {"prefill": {"min_replicas": 2}}}, 3),
+        ({"scaling": {"prefill": {"min": None}}, "kubernetes": {"prefill": {"min_replicas": 2}}}, 2),
+        ({"prefill": {"replicas": 3}, "kubernetes": {"pools": "embedded"}}, 3),
+    ],
+)
+def test_a_pool_starts_within_the_bounds_of_its_pods(section: dict[str, Any], starts_with: int) -> None:
+    """Without `replicas` it starts with the fewest that there may be, and with one where that is none."""
+    assert pods_settings(section).prefill.replicas == starts_with
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"prefill": {"replicas": 4}, "kubernetes": {"prefill": {"max_replicas": 2}}}, "prefill.replicas is 4"),
+        (
+            {
+                "engine_args": {"tensor_parallel_size": 2},
+                "prefill": {"num_gpus": 2},
+                "decode": {"num_gpus": 2},
+                "scaling": {"budget_gpus": 2},
+            },
+            "budget_gpus is 2, but the smallest pools need 4",
+        ),
+    ],
+)
+def test_what_every_pod_would_refuse_is_told(section: dict[str, Any], says: str, tmp_path: Path, capsys: Any) -> None:
+    """`baton manifest` refuses bounds that no pod would take, says which settings to change, and prints nothing."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(section))
+    assert main(["manifest", "--config", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and says in err and "min_replicas, max_replicas" in err
 
 
 def test_the_command_prints_what_is_rendered(tmp_path: Path, capsys: Any) -> None:
