@@ -97,24 +97,23 @@ def settings_volume(map_name: str) -> tuple[list[Object], list[Object]]:
     return [volume], [{"name": "settings", "mountPath": SETTINGS_PATH, "readOnly": True}]
 
 
-def environment(settings: KubernetesSettings) -> Object:
-    """Environment of a container: a home that can be written, the store's credentials, the API keys."""
-    env: list[Object] = [{"name": "HOME", "value": "/tmp"}, {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}]  # noqa: S108
-    part: Object = {"env": env}
-    if settings.api_keys_secret:
-        env.append(
-            {
-                "name": "BATON_API_KEYS",
-                "valueFrom": {"secretKeyRef": {"name": settings.api_keys_secret, "key": "keys"}},
-            }
-        )
-    return part
+HOME: Object = {"name": "HOME", "value": "/tmp"}  # noqa: S108
+ENVIRONMENT: list[Object] = [HOME, {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}]
+"""Of every container, whatever its revision: a home that can be written."""
+
+
+def api_keys(settings: KubernetesSettings) -> list[Object]:
+    """The environment variable with the API keys, where a revision has any."""
+    if not settings.api_keys_secret:
+        return []
+    source = {"secretKeyRef": {"name": settings.api_keys_secret, "key": "keys"}}
+    return [{"name": "BATON_API_KEYS", "valueFrom": source}]
 
 
 def ray_environment(settings: KubernetesSettings, grace: GracePeriods) -> Object:
     """Environment of a Ray node: as any container's, and how long Ray may drain the node when it is told to go."""
     drain = {"name": NODE_VARIABLE, "value": str(math.ceil(grace.node_s))}
-    return {"env": [*environment(settings)["env"], drain]}
+    return {"env": [*ENVIRONMENT, *api_keys(settings), drain]}
 
 
 def model_source(
@@ -139,7 +138,7 @@ def model_source(
         "name": "fetch-model",
         "image": settings.image,
         "command": command,
-        "env": environment(settings)["env"][:1],
+        "env": [HOME],
         "volumeMounts": [*mounts, {"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108
         "securityContext": security,
         "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "4Gi"}},

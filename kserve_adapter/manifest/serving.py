@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kserve_adapter.manifest.pods import (
     CONTAINER_SECURITY,
+    ENVIRONMENT,
     GRPC_PORT,
     HTTP_PORT,
     KNATIVE_SECURITY,
@@ -13,7 +14,7 @@ from kserve_adapter.manifest.pods import (
     POD_SECURITY,
     SETTINGS_PATH,
     Object,
-    environment,
+    api_keys,
     labels,
     model_source,
     pre_stop,
@@ -64,7 +65,10 @@ def runtimes(settings: KubernetesSettings) -> list[Object]:
 
 
 def _runtime_spec(settings: KubernetesSettings) -> Object:
-    """What all revisions have in common: how to start, and probes that tell the truth."""
+    """What all revisions have in common: how to start, and probes that tell the truth.
+
+    A predictor has its own revision's image, resources and keys, which KServe puts over the ones here.
+    """
     _, mounts = scratch()
     ready = {"httpGet": {"path": "/v2/models/{{.Name}}/ready", "port": HTTP_PORT}}
     live = {"httpGet": {"path": "/v2/health/live", "port": HTTP_PORT}}
@@ -76,7 +80,7 @@ def _runtime_spec(settings: KubernetesSettings) -> Object:
         "image": settings.image,
         "command": ["python", "-m", "kserve_adapter"],
         "args": args,
-        **environment(settings),
+        "env": ENVIRONMENT,
         "ports": [{"containerPort": HTTP_PORT, "protocol": "TCP"}],
         "resources": resources(settings.predictor.cpu, settings.predictor.memory),
         "securityContext": _security(settings),
@@ -138,17 +142,21 @@ def _predictor(revision: Revision) -> Object:
     )
     volumes, mounts = settings_volume(revision.settings_map)
     own = labels(settings, revision.name, "predictor")
+    env = api_keys(settings)
+    if not embedded:
+        env.append({"name": "BATON_RAY_ADDRESS", "value": head_address(settings, revision.name)})
     model: Object = {
         "modelFormat": {"name": FORMAT},
         "runtime": f"{settings.name}-runtime",
         "protocolVersion": "v2",
+        "image": settings.image,
         "args": [f"--application={cluster_name(settings, revision.name)}"],
+        **({"env": env} if env else {}),
+        "resources": resources(settings.predictor.cpu, settings.predictor.memory),
         "volumeMounts": [*mounts, *model_mounts],
     }
     if settings.model_uri:
         model["args"].append(f"--model_dir={MODEL_DIR}")
-    if not embedded:
-        model["env"] = [{"name": "BATON_RAY_ADDRESS", "value": head_address(settings, revision.name)}]
     predictor: Object = {
         "labels": own,
         "serviceAccountName": settings.name,

@@ -15,9 +15,12 @@ from runtime.errors import ConfigError
 Objects = list[dict[str, Any]]
 Rule = Callable[[Objects], Iterator[str]]
 RUNTIMES_OWN = {"supportedModelFormats", "protocolVersions", "multiModel", "containers"}
+OVERRIDES = ("image", "resources")
+"""Fields of a predictor's model that KServe takes in place of its runtime's; lists are put together."""
+
 PREDICTORS_OWN = {"name", "labels", "annotations", "model", "timeout", "canaryTrafficPercent"}
 PREDICTORS_OWN |= {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "autoScaling"}
-"""Fields of a ServingRuntime and of a predictor that are KServe's; all others are the pod's."""
+"""Fields of a ServingRuntime (above) and of a predictor that are KServe's; all others are the pod's."""
 
 
 def of(objects: Objects, *kinds: str) -> Objects:
@@ -39,9 +42,11 @@ def pod_templates(objects: Objects) -> Iterator[tuple[str, dict[str, Any], dict[
     for name, predictor in predictors(objects):
         model = predictor["model"]
         runtime = runtimes[model["runtime"]]
-        container = dict(runtime["containers"][0])
-        for key in ("args", "env", "volumeMounts"):
+        container = {**runtime["containers"][0], **{key: model[key] for key in OVERRIDES if key in model}}
+        for key in ("args", "volumeMounts"):
             container[key] = [*container.get(key, []), *model.get(key, [])]
+        env = {entry["name"]: entry for entry in [*container["env"], *model.get("env", [])]}
+        container["env"] = list(env.values())
         common = {key: value for key, value in runtime.items() if key not in RUNTIMES_OWN}
         spec = {**common, **predictor, "containers": [container]}
         spec["volumes"] = [*runtime["volumes"], *predictor.get("volumes", [])]

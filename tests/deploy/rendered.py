@@ -40,6 +40,8 @@ def sets() -> dict[str, Objects]:
         made[f"route canary istio={istio}"] = render(first, second, 5)
     longer = parse({**changed("standard-kuberay", **CANARY), "limits": {"drain_s": 600.5, "wait_for_worker_s": 10}})
     made["a canary that drains longer"] = render(config("standard-kuberay"), longer, 10)
+    newer = changed("standard-kuberay", **CANARY, image="example-registry/baton:0.2.0", api_keys_secret="keys")
+    made["a canary of another image"] = render(config("standard-kuberay"), parse(newer), 10)
     made["local model cache"] = render(parse(changed("standard-kuberay", local_model_cache=CACHE)))
     made["knative embedded"] = render(parse(changed("cpu-embedded", mode="knative")))
     made["desired"] = render(

@@ -97,9 +97,9 @@ def test_the_chart_refuses_wrong_values(value: str) -> None:
     assert done.returncode != 0
 
 
-def overlay(preset: str) -> list[dict[str, Any]]:
+def overlay(preset: str, deploy: Path = ROOT / "deploy") -> list[dict[str, Any]]:
     """An overlay's objects."""
-    text = run(tool("kubectl"), "kustomize", str(ROOT / "deploy/kustomize" / preset))
+    text = run(tool("kubectl"), "kustomize", str(deploy / "kustomize" / preset))
     return [item for item in yaml.safe_load_all(text) if item]
 
 
@@ -109,6 +109,19 @@ def test_the_overlays(preset: str) -> None:
     objects = overlay(preset)
     check(objects)
     assert {item["metadata"].get("namespace") for item in of(objects, "ConfigMap", "InferenceService")} == {"models"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_overlays_image(preset: str, tmp_path: Path) -> None:
+    """The image is changed in one place of an overlay, and is then every container's."""
+    for part in (f"kustomize/{preset}", f"chart/presets/{preset}"):
+        shutil.copytree(ROOT / "deploy" / part, tmp_path / part)
+    path = tmp_path / f"kustomize/{preset}/kustomization.yaml"
+    path.write_text(path.read_text().replace("newTag: 0.1.0", "newTag: 9"))
+    objects = overlay(preset, tmp_path)
+    check(objects)
+    text = yaml.safe_dump_all(objects)
+    assert "example-registry/baton:9" in text and "example-registry/baton:0.1.0" not in text
 
 
 @needs_crds

@@ -10,7 +10,7 @@ import yaml
 from runtime.config_file import parse
 from runtime.errors import ConfigError
 from tests.deploy.mutation import POD, WORKERS, Mutations, put
-from tests.deploy.objects import Objects, Rule, of, pod_templates
+from tests.deploy.objects import Objects, Rule, of, pod_templates, predictors, revision_settings
 
 
 def settings_are_batons(objects: Objects) -> Iterator[str]:
@@ -43,6 +43,23 @@ def revisions_stay_apart(objects: Objects) -> Iterator[str]:
             for address in re.findall(r"([a-z0-9-]+)-head-svc:6379", " ".join(words)):
                 if address != own or address not in clusters:
                     yield f"{name} joins {address}, which is not its revision's cluster"
+
+
+def pods_of_a_revision_are_alike(objects: Objects) -> Iterator[str]:
+    """They run one image, which Ray asks of its nodes; a predictor has the keys that its settings ask for."""
+    images: dict[str, str] = {}
+    keys = {revision: config.front_end.api_keys_env for revision, config in revision_settings(objects)}
+    for name, spec, labels in pod_templates(objects):
+        revision = labels["baton-revision"]
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            if images.setdefault(revision, container["image"]) != container["image"]:
+                yield f"{name} runs {container['image']}, other pods of its revision {images[revision]}"
+        given = {entry["name"] for entry in spec["containers"][0]["env"]}
+        if labels["baton-part"] == "predictor" and not {keys.get(revision)} - {None} <= given:
+            yield f"{name} has not the API keys that its settings ask for"
+    for name, predictor in predictors(objects):
+        if missing := {"image", "resources"} - set(predictor["model"]):
+            yield f"{name} leaves {sorted(missing)} to a runtime that other revisions share"
 
 
 def pools_get_their_hardware(objects: Objects) -> Iterator[str]:
@@ -88,10 +105,24 @@ def weights_are_the_pinned_ones(objects: Objects) -> Iterator[str]:
 RULES: tuple[Rule, ...] = (
     settings_are_batons,
     revisions_stay_apart,
+    pods_of_a_revision_are_alike,
     pools_get_their_hardware,
     weights_are_the_pinned_ones,
 )
 MUTATIONS: Mutations = {
+    "a canary on the stable image": (
+        "a canary of another image",
+        put("InferenceService", "spec.canary.0.predictor.model.image", "example-registry/baton:0.1.0"),
+    ),
+    "a canary without its keys": (
+        "a canary of another image",
+        put("InferenceService", "spec.canary.0.predictor.model.env.0.name", "OTHER"),
+    ),
+    "an image left to the runtime": ("standard-kuberay", put("InferenceService", "spec.predictor.model.image", None)),
+    "resources left to the runtime": (
+        "standard-kuberay",
+        put("InferenceService", "spec.predictor.model.resources", None),
+    ),
     "another cluster": (
         "standard-kuberay",
         put("InferenceService", "spec.predictor.model.env.0.value", "x-head-svc:6379"),
