@@ -70,7 +70,8 @@ def _runtime_spec(settings: KubernetesSettings) -> Object:
     A predictor has its own revision's image, resources and keys, which KServe puts over the ones here.
     """
     _, mounts = scratch()
-    ready = {"httpGet": {"path": "/v2/models/{{.Name}}/ready", "port": HTTP_PORT}}
+    # Of the server, not of a model by name: a canary's InferenceService is called otherwise than its model.
+    ready = {"httpGet": {"path": "/v2/health/ready", "port": HTTP_PORT}}
     live = {"httpGet": {"path": "/v2/health/live", "port": HTTP_PORT}}
     args = ["--model_name={{.Name}}", f"--config_file={SETTINGS_PATH}/settings.yaml"]
     # No `--grace_period`: a predictor has it from its revision's settings.

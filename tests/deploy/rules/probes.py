@@ -8,15 +8,18 @@ from kserve_adapter.manifest.pods import RAY_AGENT_PORT
 from tests.deploy.mutation import RUNTIME, Mutations, put
 from tests.deploy.objects import Objects, Rule, of, pod_templates
 
+READY = "/v2/health/ready"
+"""Ready only when the model is, unlike KServe's own (`TruthfulDataPlane`)."""
+
 
 def probes_tell_the_truth(objects: Objects) -> Iterator[str]:
-    """Ready is asked of the model, since the server always says yes in KServe; alive of the server, never the model."""
+    """Ready is asked where Baton's server says whether it can serve, by no name; alive never depends on that."""
     for item in of(objects, "ServingRuntime", "ClusterServingRuntime"):
         (container,) = item["spec"]["containers"]
         if container["name"] != "kserve-container":
             yield f"{item['kind']}: the container is not called kserve-container"
-        if container["readinessProbe"]["httpGet"]["path"] != "/v2/models/{{.Name}}/ready":
-            yield f"{item['kind']}: readiness is not the model's"
+        if container["readinessProbe"]["httpGet"]["path"] != READY:
+            yield f"{item['kind']}: readiness is not asked at {READY}"
         for probe in ("livenessProbe", "startupProbe"):
             if container[probe]["httpGet"]["path"] != "/v2/health/live":
                 yield f"{item['kind']}: {probe} depends on the model"
@@ -41,7 +44,11 @@ RULES: tuple[Rule, ...] = (probes_tell_the_truth, ray_nodes_tell_their_health)
 MUTATIONS: Mutations = {
     "a probe that lies": (
         "standard-kuberay",
-        put("ServingRuntime", f"{RUNTIME}.readinessProbe.httpGet.path", "/v2/health/ready"),
+        put("ServingRuntime", f"{RUNTIME}.readinessProbe.httpGet.path", "/v2/health/live"),
+    ),
+    "a probe that asks a canary for another model": (
+        "route canary istio=False",
+        put("ServingRuntime", f"{RUNTIME}.readinessProbe.httpGet.path", "/v2/models/{{.Name}}/ready"),
     ),
     "a probe that kills": (
         "standard-kuberay",
