@@ -50,6 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "model_secret": "model-store",
             "revision": "v1",
             "pools": "embedded",
+            "cluster_runtime": True,
             "predictor": {"min_replicas": 1, "autoscaler": "none", "cpu": "4", "memory": "16Gi"},
         },
     },

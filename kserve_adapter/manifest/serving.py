@@ -55,12 +55,19 @@ class Revision:
 
 
 def runtimes(settings: KubernetesSettings) -> list[Object]:
-    """The runtime for this namespace, and the same for the whole cluster."""
-    spec = _runtime_spec(settings)
-    meta = {"name": f"{settings.name}-runtime", "labels": {"baton-name": settings.name}}
+    """The runtime that the predictors use, and where it is asked for the same for the whole cluster."""
+    spec, own = _runtime_spec(settings), f"{settings.name}-runtime"
+    names = {"ServingRuntime": own}
+    if settings.cluster_runtime:
+        names["ClusterServingRuntime"] = f"{settings.namespace}-{own}" if settings.namespace else own
     return [
-        {"apiVersion": "serving.kserve.io/v1alpha1", "kind": kind, "metadata": {**meta, "name": name}, "spec": spec}
-        for kind, name in (("ServingRuntime", f"{settings.name}-runtime"), ("ClusterServingRuntime", "baton"))
+        {
+            "apiVersion": "serving.kserve.io/v1alpha1",
+            "kind": kind,
+            "metadata": {"name": name, "labels": {"baton-name": settings.name}},
+            "spec": spec,
+        }
+        for kind, name in names.items()
     ]
 
 

@@ -81,6 +81,11 @@ class KubernetesSettings(Settings):
     revision: str | None = Field(
         None, pattern=r"^[a-z0-9]([-a-z0-9]{0,18}[a-z0-9])?$", description="Name of the revision; a digest without it."
     )
+    cluster_runtime: bool = Field(
+        False,
+        description="A ClusterServingRuntime too, for InferenceServices of other namespaces: `NAMESPACE-NAME-runtime`, "
+        "or `NAME-runtime` without a namespace.",
+    )
     mode: Literal["standard", "knative"] = Field("standard", description="KServe's deployment mode.")
     pools: Literal["kuberay", "rayservice", "deployments", "embedded"] = Field(
         "kuberay",

@@ -11,7 +11,7 @@ import yaml
 
 from kserve_adapter.manifest.presets import PRESETS, config, files
 from kserve_adapter.manifest.reference import reference
-from kserve_adapter.manifest.render import render, to_yaml
+from kserve_adapter.manifest.render import CLUSTER_SCOPED, render, to_yaml
 from runtime.cli import main
 from runtime.config import Config
 from runtime.config_file import parse
@@ -63,6 +63,29 @@ def test_canaries_in_both_ways() -> None:
     weights = {ref["name"]: ref["weight"] for ref in route["spec"]["rules"][0]["backendRefs"]}
     assert weights == {"example-llm-predictor": 95, "example-llm-canary-predictor": 5}
     assert len(list(predictors(SETS["route canary istio=True"]))) == 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_services_of_one_cluster(preset: str) -> None:
+    """Services of two names, or of one name in two namespaces, have no object of the whole cluster in common."""
+    of_each = [
+        {(item["kind"], item["metadata"]["name"]) for item in of(render(parse(data)), *CLUSTER_SCOPED)}
+        for data in (
+            changed(preset),
+            changed(preset, name="other"),
+            changed(preset, namespace="models"),
+            changed(preset, namespace="others"),
+        )
+    ]
+    assert len(set().union(*of_each)) == sum(map(len, of_each))
+
+
+def test_a_runtime_for_the_whole_cluster() -> None:
+    """It is there where it is asked for, and starts predictors as the namespace's own does."""
+    kinds = ("ServingRuntime", "ClusterServingRuntime")
+    assert [item["kind"] for item in of(SETS["standard-kuberay"], *kinds)] == ["ServingRuntime"]
+    own, common = of(SETS["cpu-embedded"], *kinds)
+    assert common["kind"] == "ClusterServingRuntime" and common["spec"] == own["spec"]
 
 
 def test_a_revision_is_what_it_is_made_of() -> None:
