@@ -1,6 +1,6 @@
 """The presets in `deploy/chart/presets`, for Helm and kustomize: written by `make manifests`, never by hand.
 
-They stand for a service called `example-llm`; chart and overlays put their own name, image and weights in.
+They stand for a service called `example-llm`; chart and overlays put their own name, revision, image and weights in.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from kserve_adapter.manifest.render import render, to_yaml
 from runtime.config import Config
 from runtime.config_file import parse
 
-WEIGHTS = "s3://example-bucket/example-llm/v1"
+REVISION = "example-v1"
+WEIGHTS = "s3://example-bucket/weights"
 GPU_NODES: dict[str, Any] = {"tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]}
 
 
@@ -34,7 +35,7 @@ def _gpu_settings(**kubernetes: Any) -> dict[str, Any]:
         "prefill": {"num_gpus": 2, "num_cpus": 1},
         "decode": {"num_gpus": 2, "num_cpus": 1},
         "transport": {"ucx_tls": "cuda_copy,cuda_ipc,rc,self,sm,tcp"},
-        "kubernetes": {"model_uri": WEIGHTS, "model_secret": "model-store", "revision": "v1", **pods, **kubernetes},
+        "kubernetes": {"model_uri": WEIGHTS, "model_secret": "model-store", "revision": REVISION, **pods, **kubernetes},
     }
 
 
@@ -48,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kubernetes": {
             "model_uri": WEIGHTS,
             "model_secret": "model-store",
-            "revision": "v1",
+            "revision": REVISION,
             "pools": "embedded",
             "cluster_runtime": True,
             "predictor": {"min_replicas": 1, "autoscaler": "none", "cpu": "4", "memory": "16Gi"},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kserve_adapter.manifest.presets import PRESETS, config, files
+from kserve_adapter.manifest.presets import PRESETS, REVISION, config, files
 from kserve_adapter.manifest.reference import reference
 from kserve_adapter.manifest.render import CLUSTER_SCOPED, render, to_yaml
 from runtime.cli import main
@@ -53,7 +53,8 @@ def test_the_guide_has_knative_take_what_is_rendered() -> None:
 def test_canaries_in_both_ways() -> None:
     """Standard mode lists the canary, Knative takes it as the predictor; each has pools of its own."""
     standard, knative = SETS["standard-kuberay canary"], SETS["knative-kuberay canary"]
-    assert [item["metadata"]["name"] for item in of(standard, "RayCluster")] == ["example-llm-v1", "example-llm-v2"]
+    names = [item["metadata"]["name"] for item in of(standard, "RayCluster")]
+    assert names == [f"example-llm-{REVISION}", "example-llm-v2"]
     (service,) = of(standard, "InferenceService")
     assert [entry["trafficPercent"] for entry in service["spec"]["canary"]] == [10]
     (service,) = of(knative, "InferenceService")

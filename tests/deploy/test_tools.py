@@ -15,7 +15,7 @@ import yaml
 from kserve_adapter.manifest.presets import PRESETS, config
 from kserve_adapter.manifest.render import render
 from tests.conftest import ROOT
-from tests.deploy.objects import of
+from tests.deploy.objects import of, pod_templates
 from tests.deploy.rules import broken
 from tests.deploy.schemas import is_custom, needs_crds, problems
 
@@ -38,9 +38,9 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def helm(preset: str, *options: str) -> list[dict[str, Any]]:
+def helm(preset: str, *options: str, **given: str) -> list[dict[str, Any]]:
     """The chart's objects."""
-    values = [f"--set={key}={value}" for key, value in {**NEW, "preset": preset}.items()]
+    values = [f"--set-string={key}={value}" for key, value in {**NEW, "preset": preset, **given}.items()]
     text = run(tool("helm"), "template", "release", str(CHART), *values, *options)
     return [item for item in yaml.safe_load_all(text) if item]
 
@@ -68,6 +68,48 @@ def test_the_chart(preset: str) -> None:
     assert sorted(item["kind"] for item in objects) == kinds
     text = yaml.safe_dump_all(objects)
     assert "example-" not in text and all(value in text for value in NEW.values())
+
+
+def revision(objects: list[dict[str, Any]]) -> str:
+    """The one revision that a chart's objects are of."""
+    check(objects)
+    (name,) = {labels["baton-revision"] for _, _, labels in pod_templates(objects)}
+    return name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_other_weights_are_another_revision(preset: str) -> None:
+    """With pools of its own: by default other weights or another image get another name, the same ones the same."""
+    names = [revision(helm(preset)), revision(helm(preset, name="other"))]
+    assert names[0] == names[1] and re.fullmatch(r"[0-9a-f]{8}", names[0])
+    names += [revision(helm(preset, modelUri="hf://me/model:def")), revision(helm(preset, image="x:2"))]
+    assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize("given", ["v2", "20261128", "1e6", "example-llm", "true"])
+def test_a_revision_that_is_given(given: str) -> None:
+    """It is called so, also where YAML would read a number or the preset has a word like it."""
+    assert revision(helm("standard-kuberay", revision=given)) == given
+
+
+def test_a_revision_too_long() -> None:
+    """What KubeRay would refuse is refused."""
+    long = [f"--set=name={'n' * 30}", f"--set=revision={'r' * 18}", "--set=preset=standard-rayservice"]
+    done = subprocess.run(
+        [tool("helm"), "template", "x", str(CHART), *long], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0 and "46 characters at most" in done.stderr
+
+
+def test_the_charts_values_are_taken_as_they_are() -> None:
+    """Also where they hold the words that stand for other values in a preset, or what YAML would read otherwise."""
+    uri, image = "s3://bucket/example-llm/example-v1: #1", "example-registry/baton:0.1.0-example-llm"
+    objects = helm("standard-kuberay", modelUri=uri, image=image, name="an-example-v1", revision="example-llm")
+    assert revision(objects) == "example-llm"
+    assert {item["metadata"]["name"] for item in of(objects, "InferenceService")} == {"an-example-v1"}
+    for _, spec, _ in pod_templates(objects):
+        assert {container["image"] for container in spec["containers"]} == {image}
+        assert all(init["command"][2] == uri for init in spec.get("initContainers", []))
 
 
 @needs_crds
@@ -109,6 +151,18 @@ def test_the_overlays(preset: str) -> None:
     objects = overlay(preset)
     check(objects)
     assert {item["metadata"].get("namespace") for item in of(objects, "ConfigMap", "InferenceService")} == {"models"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_overlay_by_the_guide(preset: str, tmp_path: Path) -> None:
+    """What `docs/kserve.md` has `sed` do leaves none of the preset's own words but the image."""
+    expressions = re.findall(r"-e '([^']+)'", (ROOT / "docs/kserve.md").read_text())
+    assert len(expressions) == 3
+    path = tmp_path / "objects.yaml"
+    path.write_text(run(tool("kubectl"), "kustomize", str(ROOT / "deploy/kustomize" / preset)))
+    text = run("sed", *(f"--expression={expression}" for expression in expressions), str(path))
+    assert revision([item for item in yaml.safe_load_all(text) if item]) == "v1"
+    assert not re.search("example-(?!registry)", text)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
