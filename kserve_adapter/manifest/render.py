@@ -8,6 +8,7 @@ import json
 import yaml
 
 from kserve_adapter.manifest import guards, serving
+from kserve_adapter.manifest.local_cache import local_model_caches
 from kserve_adapter.manifest.pods import MODEL_DIR, Object
 from kserve_adapter.manifest.pools import QUEUE_THRESHOLD, cluster_name, pool_label, pools
 from kserve_adapter.manifest.settings import KubernetesSettings, PoolPods, kubernetes_settings
@@ -47,7 +48,7 @@ def render(config: Config, canary: Config | None = None, percent: int = 0) -> li
         objects += serving.route(settings, percent)
     else:
         objects += [serving.inference_service(stable, second, percent), *serving.route(settings, None)]
-    objects += serving.local_model_cache(settings, stable.name)
+    objects += local_model_caches([made.settings for made in (stable, second) if made])
     objects += guards.network_policies(settings) + guards.disruption_budgets(settings) + guards.monitors(settings)
     return [_in_namespace(item, settings.namespace) for item in objects]
 

@@ -1,4 +1,4 @@
-"""KServe's side: runtimes, the InferenceService with its canary, our own routes, LocalModelCache."""
+"""KServe's side: runtimes, the InferenceService with its canary, our own routes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _runtime_spec(settings: KubernetesSettings) -> Object:
     args = ["--model_name={{.Name}}", f"--config_file={SETTINGS_PATH}/settings.yaml"]
     # No `--grace_period`: a predictor has it from its revision's settings.
     args += [f"--http_port={HTTP_PORT}", f"--grpc_port={GRPC_PORT}"]
-    container = {
+    container: Object = {
         "name": "kserve-container",
         "image": settings.image,
         "command": ["python", "-m", "kserve_adapter"],
@@ -264,40 +264,3 @@ def route(settings: KubernetesSettings, canary_percent: int | None) -> list[Obje
         "rules": [rule],
     }
     return [{"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": meta, "spec": spec}]
-
-
-def local_model_cache(settings: KubernetesSettings, revision: str) -> list[Object]:
-    """KServe's own cache of the model on a group of nodes: `storageUri` finds it there."""
-    cache = settings.local_model_cache
-    if cache is None:
-        return []
-    node_affinity = {
-        "required": {
-            "nodeSelectorTerms": [
-                {"matchExpressions": [{"key": "kserve/localmodel", "operator": "In", "values": [cache.node_group]}]}
-            ]
-        }
-    }
-    common = {
-        "accessModes": ["ReadWriteOnce"],
-        "storageClassName": cache.storage_class,
-        "volumeMode": "Filesystem",
-    }
-    group = {
-        "storageLimit": cache.limit,
-        "persistentVolumeSpec": {
-            **common,
-            "capacity": {"storage": cache.limit},
-            "local": {"path": cache.path},
-            "nodeAffinity": node_affinity,
-            "persistentVolumeReclaimPolicy": "Delete",
-        },
-        "persistentVolumeClaimSpec": {**common, "resources": {"requests": {"storage": cache.limit}}},
-    }
-    model = {"sourceModelUri": settings.model_uri, "modelSize": cache.size, "nodeGroups": [cache.node_group]}
-    api = "serving.kserve.io/v1alpha1"
-    name = cluster_name(settings, revision)
-    return [
-        {"apiVersion": api, "kind": "LocalModelNodeGroup", "metadata": {"name": cache.node_group}, "spec": group},
-        {"apiVersion": api, "kind": "LocalModelCache", "metadata": {"name": name}, "spec": model},
-    ]

@@ -43,6 +43,8 @@ def sets() -> dict[str, Objects]:
     newer = changed("standard-kuberay", **CANARY, image="example-registry/baton:0.2.0", api_keys_secret="keys")
     made["a canary of another image"] = render(config("standard-kuberay"), parse(newer), 10)
     made["local model cache"] = render(parse(changed("standard-kuberay", local_model_cache=CACHE)))
+    cached = [parse(changed("standard-kuberay", local_model_cache=CACHE, **more)) for more in ({}, CANARY)]
+    made["local model cache canary"] = render(*cached, 10)
     made["knative embedded"] = render(parse(changed("cpu-embedded", mode="knative")))
     made["desired"] = render(
         parse(changed("standard-keda", signal="desired", namespace="models", api_keys_secret="keys"))

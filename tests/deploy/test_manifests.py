@@ -181,6 +181,17 @@ def test_the_command_prints_what_is_rendered(tmp_path: Path, capsys: Any) -> Non
     assert capsys.readouterr().out == to_yaml(SETS["standard-keda canary"])
 
 
+def test_a_canary_with_the_same_weights() -> None:
+    """Shares the cache of them, of which KServe allows one; a group of nodes can't mean two things."""
+    stable = parse(changed("standard-kuberay", local_model_cache=CACHE))
+    canary = parse(changed("standard-kuberay", local_model_cache=CACHE, revision="v2", image="x:2"))
+    kinds = ["LocalModelNodeGroup", "LocalModelCache"]
+    assert [item["kind"] for item in of(render(stable, canary, 10), *kinds)] == kinds
+    other = parse(changed("standard-kuberay", local_model_cache={**CACHE, "limit": "2Ti"}, **CANARY))
+    with pytest.raises(ConfigError, match="another LocalModelNodeGroup under the same name"):
+        render(stable, other, 10)
+
+
 def test_a_canary_that_is_none() -> None:
     """The same revision twice, or another service, is refused."""
     with pytest.raises(ConfigError, match="same revision"):

@@ -44,7 +44,23 @@ def runtimes_are_found(objects: Objects) -> Iterator[str]:
             yield f"{name}: its runtime is not there or does not take its format"
 
 
-RULES: tuple[Rule, ...] = (kserves_webhooks_would_agree, runtimes_are_found)
+def models_are_cached(objects: Objects) -> Iterator[str]:
+    """A `storageUri` has one cache, which KServe's webhook allows it, on a group of nodes that is there once."""
+    groups = [item["metadata"]["name"] for item in of(objects, "LocalModelNodeGroup")]
+    caches = [item["spec"] for item in of(objects, "LocalModelCache")]
+    for name, predictor in predictors(objects):
+        uri = predictor["model"].get("storageUri")
+        found = [cache for cache in caches if cache["sourceModelUri"] == uri]
+        if uri and len(found) != 1:
+            yield f"{name}: {len(found)} caches of {uri}"
+        yield from (
+            f"{name}: no group {group}" for cache in found for group in cache["nodeGroups"] if group not in groups
+        )
+    if len(groups) != len(set(groups)):
+        yield "a group of nodes is there twice"
+
+
+RULES: tuple[Rule, ...] = (kserves_webhooks_would_agree, runtimes_are_found, models_are_cached)
 MUTATIONS: Mutations = {
     "Knative's canary in Standard": (
         "standard-kuberay",
@@ -58,5 +74,10 @@ MUTATIONS: Mutations = {
         "standard-keda",
         put("InferenceService", "spec.predictor.autoScaling.metrics.0.external.target", {"averageValue": "5"}),
     ),
+    "weights that nothing caches": (
+        "local model cache canary",
+        put("InferenceService", "spec.canary.0.predictor.model.storageUri", "s3://example-bucket/v3"),
+    ),
+    "no such nodes": ("local model cache", put("LocalModelNodeGroup", "metadata.name", "cpu")),
     "another format": ("standard-kuberay", put("InferenceService", "spec.predictor.model.modelFormat.name", "onnx")),
 }
