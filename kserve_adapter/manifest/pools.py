@@ -181,11 +181,17 @@ def _scaled_object(settings: KubernetesSettings, revision: str, role: Role) -> O
         "threshold": str(threshold),
         "ignoreNullValues": "false",  # no answer is no reason to scale down
     }
+    advanced: Object = {}
+    if settings.signal == "desired":
+        # Kubernetes would leave 10 pods alone where 9 or 11 are wanted: within a tenth.
+        behavior = {"scaleUp": {"tolerance": "0"}, "scaleDown": {"tolerance": "0"}}
+        advanced = {"advanced": {"horizontalPodAutoscalerConfig": {"behavior": behavior}}}
     return {
         "apiVersion": "keda.sh/v1alpha1",
         "kind": "ScaledObject",
         "metadata": {"name": name, "labels": labels(settings, revision, role)},
         "spec": {
+            **advanced,
             "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
             "minReplicaCount": pods.min_replicas,
             "maxReplicaCount": pods.max_replicas,

@@ -58,7 +58,18 @@ def scalers_have_targets(objects: Objects) -> Iterator[str]:
             yield f"ScaledObject {item['metadata']['name']}: bounds"
 
 
-RULES: tuple[Rule, ...] = (queries_name_what_exists, scalers_have_targets)
+def wanted_replicas_are_taken_exactly(objects: Objects) -> Iterator[str]:
+    """Where Baton says how many pods there are to be, Kubernetes tolerates none more or less."""
+    for item in of(objects, "ScaledObject"):
+        behavior = item["spec"].get("advanced", {}).get("horizontalPodAutoscalerConfig", {}).get("behavior", {})
+        if not any(DESIRED in trigger["metadata"]["query"] for trigger in item["spec"]["triggers"]):
+            continue
+        for way in ("scaleUp", "scaleDown"):
+            if behavior.get(way, {}).get("tolerance") != "0":
+                yield f"ScaledObject {item['metadata']['name']}: {way} tolerates another number than the one wanted"
+
+
+RULES: tuple[Rule, ...] = (queries_name_what_exists, scalers_have_targets, wanted_replicas_are_taken_exactly)
 MUTATIONS: Mutations = {
     "a metric that is not": (
         "standard-keda",
@@ -75,5 +86,6 @@ MUTATIONS: Mutations = {
     "labels not carried": ("standard-keda", put("PodMonitor", "spec.podTargetLabels", [])),
     "a format that renames": ("standard-keda", put("PodMonitor", "spec.scrapeProtocols", None)),
     "KEDA on a RayCluster": ("standard-keda", put("ScaledObject", "spec.scaleTargetRef.kind", "RayCluster")),
+    "a tenth more or less": ("desired", put("ScaledObject", "spec.advanced", None)),
     "fixed replicas": ("standard-keda", put("Deployment", "spec.replicas", 1)),
 }
