@@ -40,10 +40,11 @@ def inside(model: Path, name: str) -> Path:
     """The file of a model that goes by this name.
 
     Raises:
-        Damaged: for a name that leads out of the model's directory. Whoever published it wrote the name.
+        Damaged: for a name that leads out of the model's directory, or is that itself. Whoever published it wrote the
+            name.
     """
     path = model / name
-    if not path.resolve().is_relative_to(model.resolve()):
+    if model.resolve() not in path.resolve().parents:
         raise Damaged(f"it names a file outside of itself: {name!r}")
     return path
 

@@ -171,7 +171,7 @@ class Live:
 
     def look(self, since: float) -> tuple[Verdict, list[str]]:
         """The judge's word on what was seen since then."""
-        minutes = (time.monotonic() - since) / 60
+        minutes = max(0.1, (time.monotonic() - since) / 60)
         status, told, err = baton_canary("judge", self.prometheus, "canary", "--minutes", f"{minutes:.3f}", *SURE)
         assert told, err
         verdict = Verdict(told["verdict"])
