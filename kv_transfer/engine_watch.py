@@ -6,9 +6,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from kv_transfer.engine import Engine
 from kv_transfer.pull_watch import PullWatch
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutputs
 
 logger = logging.getLogger("baton.worker")
 
@@ -46,9 +50,11 @@ class EngineWatch:
         self._stepped = time.monotonic()
         self._ended = False
 
-    def stepped(self, now: float) -> None:
-        """The engine has made a step."""
+    def stepped(self, outputs: EngineCoreOutputs, now: float) -> None:
+        """The engine has made a step: legs with an output pull no longer."""
         self._stepped = now
+        for output in outputs.outputs:
+            self.pulls.over(output.request_id)
 
     def end(self) -> None:
         """The engine is dead: there is nothing to look after any more."""

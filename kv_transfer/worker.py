@@ -195,12 +195,10 @@ class EngineWorker:
             while True:
                 outputs = await self.engine.outputs()
                 now = time.monotonic()
-                self._watch.stepped(now)
+                self._watch.stepped(outputs, now)
                 if self._metrics is not None:
                     self._metrics.stepped(outputs)
                 self._meter.stepped(outputs, now)
-                for output in outputs.outputs:
-                    self._watch.pulls.over(output.request_id)
                 for params in self._peers.hand_out(outputs):
                     self._spawn(self._release([params]))
         except asyncio.CancelledError:
