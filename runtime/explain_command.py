@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import os
 import sys
-import urllib.error
 import urllib.parse
-import urllib.request
 from typing import Any
 
 from runtime.arguments import number
 from runtime.config_file import load
 from runtime.errors import ConfigError
+from runtime.front_end_client import KEY_ENV, NoAnswer, ask
 
 TIMEOUT_S = 10.0
 
@@ -26,7 +24,7 @@ def add_parser(commands: Any) -> None:
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--config", metavar="FILE", help="settings (YAML) of the running server: its address and key")
-    where.add_argument("--url", help="the server, such as http://127.0.0.1:8000; its key is read from BATON_API_KEY")
+    where.add_argument("--url", help=f"the server, such as http://127.0.0.1:8000; its key is read from {KEY_ENV}")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--request", metavar="ID", help="id of a response, or the X-Request-Id that was sent")
     what.add_argument("--tokens", type=number(int), metavar="N", help="length of a prompt")
@@ -63,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _server(arguments: argparse.Namespace) -> tuple[str, str | None]:
     if arguments.url:
-        return arguments.url.rstrip("/"), os.environ.get("BATON_API_KEY")
+        return arguments.url.rstrip("/"), os.environ.get(KEY_ENV)
     config = load(arguments.config)
     host = "127.0.0.1" if config.front_end.host in ("0.0.0.0", "::") else config.front_end.host  # noqa: S104  # compared
     return f"http://{host}:{config.front_end.port}", next(iter(config.api_keys()), None)
@@ -73,26 +71,15 @@ def _get(url: str, key: str | None) -> tuple[int, dict[str, Any]]:
     server = url.partition("/baton/")[0]
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"{url} is no HTTP address")
-    asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})  # noqa: S310  # above
     try:
-        with urllib.request.urlopen(asked, timeout=TIMEOUT_S) as response:  # noqa: S310  # as above
-            answer = json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, _refusal(error)
-    except (http.client.HTTPException, OSError, ValueError) as error:
+        status, answer = ask(url, key, TIMEOUT_S)
+    except NoAnswer as error:
         raise ConfigError(f"no server of Baton answers at {server}: {error}") from error
+    if status >= 400:
+        return status, answer if isinstance(answer, dict) else {"error": f"the server answers {status}"}
     if not _explains(answer):
         raise ConfigError(f"no server of Baton answers at {server}: what it tells is no explanation")
     return 200, answer
-
-
-def _refusal(error: urllib.error.HTTPError) -> dict[str, Any]:
-    with error:
-        try:
-            answer = json.load(error)
-        except (http.client.HTTPException, OSError, ValueError):
-            answer = None
-    return answer if isinstance(answer, dict) else {"error": f"the server answers {error.code}"}
 
 
 def _explains(answer: Any) -> bool:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import time
-import urllib.request
 from typing import Any
-from urllib.error import HTTPError
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from runtime.errors import BatonError
+from runtime.front_end_client import KEY_ENV, NoAnswer, ask
 
-KEY_ENV = "BATON_API_KEY"
+TIMEOUT_S = 5.0
 
 STATE_STYLES = {"ready": "green", "warming": "yellow", "connecting": "yellow", "draining": "cyan", "refused": "red"}
 
@@ -60,18 +57,13 @@ def fetch(url: str) -> Snapshot:
     Raises:
         Unreachable: with the reason.
     """
-    key = os.environ.get(KEY_ENV)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        # The user's own address.
-        request = urllib.request.Request(f"{url.rstrip('/')}/baton/fleet", headers=headers)  # noqa: S310
-        with urllib.request.urlopen(request, timeout=5) as response:  # noqa: S310
-            snapshot = json.load(response)
-    except HTTPError as error:
-        hint = f": set {KEY_ENV}" if error.code == 401 else ""
-        raise Unreachable(f"{url} answers {error.code}{hint}") from error
-    except (http.client.HTTPException, OSError, ValueError) as error:
+        status, snapshot = ask(f"{url.rstrip('/')}/baton/fleet", os.environ.get(KEY_ENV), TIMEOUT_S)
+    except NoAnswer as error:
         raise Unreachable(f"no front end of Baton at {url}: {error}") from error
+    if status >= 400:
+        hint = f": set {KEY_ENV}" if status == 401 else ""
+        raise Unreachable(f"{url} answers {status}{hint}")
     if not isinstance(snapshot, dict) or any(not isinstance(snapshot.get(key), kind) for key, kind in SHAPE.items()):
         raise Unreachable(f"no front end of Baton at {url}: what it tells is no fleet")
     return snapshot
