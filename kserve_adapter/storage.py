@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from kserve_adapter import integrity
@@ -130,9 +131,9 @@ def _download(source: str, target: Path, with_weights: bool) -> None:
     from kserve_storage import Storage  # it brings the cloud's client libraries: only where something is fetched
 
     ignored = [] if with_weights else list(integrity.WEIGHTS)
+    for name, _ in _objects(source) or ():
+        integrity.inside(target, name)
     if source.startswith("s3://"):
-        for name, _ in _objects(source):
-            integrity.inside(target, name)
         # boto3 gives a file its name when it is whole, so what has a name is not fetched again. `config.json` always
         # is: it is small, and to KServe nothing left to fetch is an error.
         for leftover in target.rglob("*"):
@@ -152,17 +153,38 @@ def directory(source: str) -> str:
 
 def _size(pinned: str, with_weights: bool) -> int | None:
     """The bytes of a model where its store can be asked."""
-    if not pinned.startswith("s3://"):
+    objects = _objects(pinned)
+    if objects is None:
         return None
-    return sum(size for name, size in _objects(pinned) if with_weights or not integrity.is_weights(name))
+    return sum(size for name, size in objects if with_weights or not integrity.is_weights(name))
 
 
-def _objects(uri: str) -> list[tuple[str, int]]:
-    """Name, below the model's prefix, and size of each object of a model in an S3 store."""
+def _objects(uri: str) -> list[tuple[str, int]] | None:
+    """Name, below the model's prefix, and size of each object of a model; None where a store names none."""
+    url = urlparse(directory(uri))
+    prefix = url.path.lstrip("/")
+    if url.scheme == "s3":
+        found = [(item.key, item.size) for item in _s3_bucket(url.netloc).objects.filter(Prefix=prefix)]
+    elif url.scheme == "gs":
+        found = [(blob.name, blob.size) for blob in _gcs_client().list_blobs(url.netloc, prefix=prefix)]
+    else:
+        return None
+    return [(name.removeprefix(prefix), size) for name, size in found]
+
+
+def _s3_bucket(name: str) -> Any:
     import boto3
     from kserve_storage import Storage
 
-    url = urlparse(directory(uri))
-    prefix = url.path.lstrip("/")
-    objects = boto3.resource("s3", **Storage._get_s3_client_kwargs()).Bucket(url.netloc).objects
-    return [(item.key.removeprefix(prefix), item.size) for item in objects.filter(Prefix=prefix)]
+    return boto3.resource("s3", **Storage._get_s3_client_kwargs()).Bucket(name)
+
+
+def _gcs_client() -> Any:
+    """A client as kserve-storage makes it: without credentials it reads what is public."""
+    from google.auth.exceptions import DefaultCredentialsError
+    from google.cloud import storage
+
+    try:
+        return storage.Client()
+    except DefaultCredentialsError:
+        return storage.Client.create_anonymous_client()

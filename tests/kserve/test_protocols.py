@@ -16,6 +16,7 @@ from kserve import InferenceGRPCClient, InferenceRESTClient, InferInput, InferRe
 from kserve.inference_client import RESTConfig
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.chaos.streams import CANDIDATES
 from tests.conftest import MODEL, wait_for
 from tests.kserve.conftest import KEY, Predictor
 from tests.pools import ROLES
@@ -23,6 +24,9 @@ from tests.pools import ROLES
 pytestmark = pytest.mark.timeout(1200)  # the first test waits for the predictor
 
 AUTH = {"authorization": f"Bearer {KEY}"}
+
+ONE, TWO = CANDIDATES[:2]
+"""Prompts that go on by themselves: a real engine's texts agree however the two are batched."""
 
 
 def completion(embedded: Predictor, prompt: str, **params: Any) -> str:
@@ -43,9 +47,9 @@ def v2_request(*prompts: str, raw: bool = False, **parameters: Any) -> InferRequ
 
 async def test_v1_by_kserves_client(embedded: Predictor) -> None:
     """`:predict` gives the OpenAI API's own texts, in order."""
-    expected = [completion(embedded, "One", max_tokens=8), completion(embedded, "Two", max_tokens=4)]
-    one = {"prompt": "One", "max_tokens": 8}
-    data = {"instances": [one, {"prompt": "Two", "max_tokens": 4}], "parameters": {"temperature": 0}}
+    expected = [completion(embedded, ONE, max_tokens=8), completion(embedded, TWO, max_tokens=4)]
+    one = {"prompt": ONE, "max_tokens": 8}
+    data = {"instances": [one, {"prompt": TWO, "max_tokens": 4}], "parameters": {"temperature": 0}}
     async with InferenceRESTClient(RESTConfig(protocol="v1")) as client:
         answer = await client.infer(embedded.url, data, model_name=MODEL, headers=AUTH)
     assert answer == {"predictions": expected}
@@ -54,8 +58,8 @@ async def test_v1_by_kserves_client(embedded: Predictor) -> None:
 @pytest.mark.parametrize("raw", [False, True])
 async def test_v2_by_kserves_client(embedded: Predictor, raw: bool) -> None:
     """`infer` with JSON and with raw tensors; the id comes back."""
-    expected = [completion(embedded, text, max_tokens=6) for text in ("One", "Two")]
-    request = v2_request("One", "Two", raw=raw, max_tokens=6, temperature=0, binary_data_output=raw)
+    expected = [completion(embedded, text, max_tokens=6) for text in (ONE, TWO)]
+    request = v2_request(ONE, TWO, raw=raw, max_tokens=6, temperature=0, binary_data_output=raw)
     async with InferenceRESTClient(RESTConfig(protocol="v2")) as client:
         assert await client.is_server_live(embedded.url) and await client.is_server_ready(embedded.url)
         assert await client.is_model_ready(embedded.url, MODEL)
@@ -68,8 +72,8 @@ async def test_v2_by_kserves_client(embedded: Predictor, raw: bool) -> None:
 @pytest.mark.parametrize("raw", [False, True])
 async def test_grpc_by_kserves_client(embedded: Predictor, raw: bool) -> None:
     """gRPC: live, ready, and the same texts; numbers may come as strings, since the protocol has no floats."""
-    expected = completion(embedded, "One", max_tokens=6)
-    request = v2_request("One", raw=raw, max_tokens=6, temperature="0")
+    expected = completion(embedded, ONE, max_tokens=6)
+    request = v2_request(ONE, raw=raw, max_tokens=6, temperature="0")
     async with InferenceGRPCClient(f"127.0.0.1:{embedded.grpc_port}") as client:
         assert await client.is_server_live() and await client.is_server_ready() and await client.is_model_ready(MODEL)
         answer = await client.infer(request, headers=list(AUTH.items()))
@@ -79,10 +83,10 @@ async def test_grpc_by_kserves_client(embedded: Predictor, raw: bool) -> None:
 @pytest.mark.parametrize(
     ("headers", "request_", "code"),
     [
-        ({}, v2_request("One"), grpc.StatusCode.UNAUTHENTICATED),
-        (AUTH, v2_request("One", n=2), grpc.StatusCode.INVALID_ARGUMENT),
-        (AUTH, v2_request("One", temperature="-1"), grpc.StatusCode.INVALID_ARGUMENT),
-        (AUTH, InferRequest("other", v2_request("One").inputs), grpc.StatusCode.NOT_FOUND),
+        ({}, v2_request("x"), grpc.StatusCode.UNAUTHENTICATED),
+        (AUTH, v2_request("x", n=2), grpc.StatusCode.INVALID_ARGUMENT),
+        (AUTH, v2_request("x", temperature="-1"), grpc.StatusCode.INVALID_ARGUMENT),
+        (AUTH, InferRequest("other", v2_request("x").inputs), grpc.StatusCode.NOT_FOUND),
     ],
 )
 async def test_grpc_errors(embedded: Predictor, headers: Any, request_: InferRequest, code: grpc.StatusCode) -> None:
