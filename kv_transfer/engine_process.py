@@ -5,8 +5,7 @@ further down: after a SIGKILL of the replica both would stay behind with their m
 its parent is no longer the one that started it. (Not PR_SET_PDEATHSIG: that fires when the parent's *thread* ends, and
 engines start in a worker thread.)
 
-*Don't spin.* A model worker polls for its next step for a whole second before it sleeps. Where the engines of both
-pools share a few cores, an idle decode engine would so take its core from a prefill that computes.
+*Leave cores to others* where engines share them (`kv_transfer.shared_cores`).
 
 *Take up grammars in the middle* (`kv_transfer.grammar`), *release own blocks* (`kv_transfer.own_release`), and *sample
 with a seed on a CPU* (`kv_transfer.cpu_sampling`).
@@ -18,7 +17,7 @@ import os
 import threading
 import time
 
-from kv_transfer import cpu_sampling, grammar, own_release
+from kv_transfer import cpu_sampling, grammar, own_release, shared_cores
 
 WATCH_ENV = "BATON_WATCH_PARENT"
 SPIN_ENV = "BATON_SPIN_S"
@@ -36,16 +35,10 @@ def install() -> None:
     own_release.install()
     cpu_sampling.install()
     if spin := os.environ.get(SPIN_ENV):
-        _shorten_spin(float(spin))
+        shared_cores.install(float(spin))
 
 
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_S)
     os._exit(1)
-
-
-def _shorten_spin(seconds: float) -> None:
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
-
-    SpinCondition.__init__.__defaults__ = (seconds,)  # of `busy_loop_s`, its only default
