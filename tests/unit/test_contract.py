@@ -107,6 +107,15 @@ def test_what_is_patched() -> None:
     assert defaults == ["busy_loop_s"]
 
 
+def test_where_a_cpus_core_is_reserved_for_transfers() -> None:
+    """`kv_transfer.shared_cores` names none, which nothing else asks for."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import NixlBaseConnectorWorker
+
+    source = inspect.getsource(NixlBaseConnectorWorker.__init__)
+    assert "current_platform.discover_numa_topology()" in source
+    assert "if rsv_cores_for_kv:" in source
+
+
 def test_what_seeded_sampling_on_a_cpu_needs() -> None:
     """`kv_transfer.cpu_sampling` wraps these two, between which the generators are used."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
