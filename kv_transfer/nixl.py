@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import random
 import socket
 import uuid
 from collections.abc import Sequence
@@ -55,11 +56,25 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
+PORTS = range(20_000, 30_000)
+"""Of side channels: above those that Ray gives its workers, below Kubernetes' node ports and the ephemeral ones."""
+
+
 def free_port(host: str) -> int:
-    """A TCP port on `host` that was free a moment ago. A side-channel port in use hangs vLLM's start for ever."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on `host` that was free a moment ago, for vLLM's side channel.
+
+    A port in use hangs vLLM's start for ever, and vLLM binds it tens of seconds from now. Any connection of this
+    machine may have been given an ephemeral port by then, so it is none of these.
+
+    Raises:
+        OSError: when this host has no such port.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket(family) as probe, suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise OSError(f"no free port from {PORTS.start} to {PORTS.stop - 1} on {host}")
 
 
 def check_compatible(prefill: EngineFacts, decode: EngineFacts) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kv_transfer import nixl
 from kv_transfer.engine import EngineFacts
 from kv_transfer.nixl import IncompatibleEngines, check_compatible, free_port, transfer_config, transport_env
 from kv_transfer.settings import EngineSettings, TransportSettings
@@ -64,12 +66,17 @@ def test_ucx_stays_on_loopback_with_its_host(host: str, devices: str | None) -> 
     assert transport_env(TransportSettings(), host, 1).get("UCX_NET_DEVICES") == devices
 
 
-def test_a_free_port_is_free() -> None:
+def test_a_free_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """A port in use would hang vLLM's start for ever."""
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
         port = free_port("127.0.0.1")
-        assert port != taken.getsockname()[1]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
+        taken.bind(("127.0.0.1", port))
+        monkeypatch.setattr(nixl, "PORTS", range(port, port + 1))
+        with pytest.raises(OSError, match="no free port"):
+            free_port("127.0.0.1")
+
+
+def test_nobody_is_given_a_side_channels_port() -> None:
+    """vLLM binds it much later: by then it would be a connection's, were it one of those that the kernel gives away."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert free_port("127.0.0.1") < first
