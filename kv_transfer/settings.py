@@ -75,6 +75,7 @@ class EngineSettings(Settings):
     pinned_threads: int = Field(0, ge=0, description="Threads of each CPU model worker that get cores of their own.")
     token: str = Field("", description="What a call has to carry to be one of this worker's own application.")
     hang_s: float = Field(300.0, gt=0, description="Seconds without a step after which an engine with work is dead.")
+    start_timeout_s: float = Field(1800.0, gt=0, description="Seconds after which a start is given up.")
     pull_timeout_s: float = Field(60.0, gt=0, description="Seconds after which a pull in progress is given up.")
     events: bool = Field(True, description="Whether the engine publishes its KV events.")
     transport: TransportSettings = Field(default_factory=TransportSettings)  # type: ignore[arg-type]

@@ -51,15 +51,17 @@ class VllmEngine:
         """Start the core's processes and wait until they can take requests (tens of seconds).
 
         Raises:
-            EngineStartFailed: with the reason.
+            EngineStartFailed: with the reason; the core of one that took too long ends with this process.
         """
         host = settings.transport.host
         port = free_port(host)
         _set_environment(settings, host, port)
         try:
-            return await asyncio.to_thread(cls._start_blocking, settings, host, port)
+            async with asyncio.timeout(settings.start_timeout_s) as limit:
+                return await asyncio.to_thread(cls._start_blocking, settings, host, port)
         except Exception as error:
-            raise EngineStartFailed(f"the {settings.role} engine did not start: {error}") from error
+            why = f"not within {settings.start_timeout_s:g} s" if limit.expired() else error
+            raise EngineStartFailed(f"the {settings.role} engine did not start: {why}") from error
 
     @classmethod
     def _start_blocking(cls, settings: EngineSettings, host: str, port: int) -> VllmEngine:

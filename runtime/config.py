@@ -226,6 +226,7 @@ class Config(Settings):
             model=model_dir(self.model),
             args=args,
             hang_s=self.limits.engine_hang_s,
+            start_timeout_s=self.limits.start_timeout_s,
             pull_timeout_s=self.limits.pull_timeout_s,
             token=self.token(),
             events=self.routing.cache_aware and args.get("enable_prefix_caching") is not False,
