@@ -9,10 +9,13 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import boto3
 import httpx
@@ -21,6 +24,8 @@ from botocore.client import Config as BotoConfig
 
 from kserve_adapter.integrity import SUMS, sha256
 from tests.conftest import free_port, wait_for
+
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
 KEY, SECRET, BUCKET = "AKIAIOSFODNN7EXAMPLE", "a-secret", "models"
 
@@ -70,6 +75,32 @@ class Store:
             "AWS_DEFAULT_REGION": "us-east-1",
             "S3_MAX_ATTEMPTS": "1",
         }
+
+
+class Answering(BaseHTTPRequestHandler):
+    """What the handlers of stand-ins share: they keep quiet, and answer with JSON or bytes."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+    def answer(self, status: int, body: Any) -> None:
+        """Send a whole response."""
+        raw = isinstance(body, bytes)
+        data = body if raw else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/octet-stream" if raw else "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@contextmanager
+def serving(server: Server) -> Iterator[Server]:
+    """A stand-in, answering until the block ends."""
+    with server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 def moto(log: Path) -> Iterator[Store]:

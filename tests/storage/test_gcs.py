@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
 
-from tests.storage.conftest import fetched, make_model
+from tests.storage.conftest import Answering, fetched, make_model, serving
 
 BUCKET = "models"
 
@@ -32,13 +30,10 @@ class StandIn(ThreadingHTTPServer):
         return f"gs://{BUCKET}/{prefix}"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answering):
     """List objects by prefix; send one."""
 
     server: StandIn
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing."""
 
     def do_GET(self) -> None:
         """Answer a listing or a download."""
@@ -48,29 +43,19 @@ class Handler(BaseHTTPRequestHandler):
             prefix = parse_qs(url.query).get("prefix", [""])[0]
             found = {name: body for name, body in self.server.objects.items() if name.startswith(prefix)}
             items = [{"name": name, "size": str(len(body)), "bucket": BUCKET} for name, body in sorted(found.items())]
-            self.answer(200, json.dumps({"items": items}).encode(), "application/json")
+            self.answer(200, {"items": items})
         elif (name := unquote(url.path.removeprefix(f"/download{listing}/"))) in self.server.objects:
             self.server.downloads.append(name)
-            self.answer(200, self.server.objects[name], "application/octet-stream")
+            self.answer(200, self.server.objects[name])
         else:
-            self.answer(404, b"{}", "application/json")
-
-    def answer(self, status: int, body: bytes, kind: str) -> None:
-        """Send a whole response."""
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+            self.answer(404, {})
 
 
 @pytest.fixture
 def store() -> Iterator[StandIn]:
     """An empty store."""
-    with StandIn() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(StandIn()) as server:
         yield server
-        server.shutdown()
 
 
 def test_a_pinned_version(store: StandIn, tmp_path: Path) -> None:

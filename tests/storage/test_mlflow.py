@@ -6,13 +6,11 @@ A stand-in speaks the documented REST endpoints; a real server is started where 
 from __future__ import annotations
 
 import base64
-import json
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
@@ -22,7 +20,7 @@ import pytest
 
 from kserve_adapter.mlflow_registry import MLflowRegistry, RegistryError
 from tests.conftest import free_port, wait_for
-from tests.storage.conftest import answers, fetched, make_model
+from tests.storage.conftest import Answering, answers, fetched, make_model, serving
 
 API = "/api/2.0/mlflow"
 USER = "Basic " + base64.b64encode(b"reader:secret").decode()
@@ -40,13 +38,10 @@ class StandIn(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answering):
     """MLflow's REST API as its documentation has it."""
 
     server: StandIn
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
 
     def do_GET(self) -> None:
         """Answer the endpoints that a client of the registry needs."""
@@ -76,14 +71,6 @@ class Handler(BaseHTTPRequestHandler):
         listed = [{"path": e.name, "is_dir": e.is_dir(), "file_size": e.stat().st_size} for e in entries]
         self.answer(200, {"files": listed})
 
-    def answer(self, status: int, body: Any) -> None:
-        """Send it."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
@@ -91,13 +78,10 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandI
     model = make_model(tmp_path / "files/0/run/artifacts/model")
     (model / "extra").mkdir()
     (model / "extra" / "file.txt").write_text("x")
-    server = StandIn(tmp_path / "files")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in environment(server.url).items():
-        monkeypatch.setenv(name, value)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(StandIn(tmp_path / "files")) as server:
+        for name, value in environment(server.url).items():
+            monkeypatch.setenv(name, value)
+        yield server
 
 
 def environment(url: str) -> dict[str, str]:
